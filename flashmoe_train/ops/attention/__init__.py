@@ -1,0 +1,105 @@
+"""Exact softmax attention, forward and backward.
+
+    out = softmax(softmax_scale · q kᵀ + mask) v            lse = log Σ exp(softmax_scale · q kᵀ + mask)
+
+Tensors are `[B, S, H, D]`; only their last dimension has to be contiguous, so `[B, H, S, D]` and `[S, B, H, D]`
+tensors are passed as views, never copied. Shape legend:
+
+    B batch    S queries    T keys    H query heads    G key/value heads (H % G == 0)    D dim of q, k    V dim of v
+
+Every mask is a band per document: query i sees key j when `-window_left <= j - (i + T - S) <= window_right`, where a
+negative window is unbounded. `window_right = 0` is causal, aligned to the bottom right (the last query sees all keys).
+A row that sees no key has out = 0 and lse = -inf. With `cu_seqlens_*` (int32, `[documents + 1]`) B is 1 and the
+sequence dimension is cut into documents that do not see each other; S and T above are then a document's own lengths.
+
+Method: FlashAttention (Dao et al., 2022, arXiv:2205.14135; Dao, 2023, arXiv:2307.08691).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashmoe_train.ops.attention.fallback import fallback
+from flashmoe_train.ops.attention.operator import attention_forward
+from flashmoe_train.ops.library import has_kernel
+
+__all__ = ["AttentionCase", "attention", "fallback", "supports"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] = (None, None),
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    deterministic: bool | None = None,
+) -> Tensor:
+    """Exact softmax attention with gradients for q, k and v.
+
+    Args:
+        q: queries `[B, S, H, D]`, floating point, last dimension contiguous.
+        k: keys `[B, T, G, D]`, with H a multiple of G (grouped-query attention), same dtype and device as q.
+        v: values `[B, T, G, V]`; V may differ from D.
+        causal: query i sees keys up to `i + T - S` (bottom-right aligned).
+        softmax_scale: factor of q kᵀ; default `D ** -0.5`.
+        window: how many keys to the left and right of its own position a query sees; None is unbounded.
+        cu_seqlens_q: int32 `[documents + 1]`, first 0, not decreasing: where each document's queries begin in the
+            packed sequence. q is then `[1, S, H, D]` or `[S, H, D]`, and so is the result. Documents may be empty.
+        cu_seqlens_k: the same for keys; default `cu_seqlens_q`.
+        deterministic: gradients are bitwise repeatable; default `torch.are_deterministic_algorithms_enabled()`.
+
+    Returns:
+        `[B, S, H, V]` in q's dtype; zeros where a query sees no key.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or stride; the message names it.
+
+    Runs `torch.ops.flashmoe.attention_forward` where that has an implementation for the case (`supports`), otherwise
+    `fallback`, PyTorch's scaled_dot_product_attention.
+    """
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    packed = cu_seqlens_q is not None and q.dim() == 3
+    if packed:
+        q, k, v = (x.unsqueeze(0) if x.dim() == 3 else x for x in (q, k, v))
+    left, right = (-1 if side is None else side for side in window)
+    if any(side is not None and side < 0 for side in window):
+        raise ValueError(f"window must hold non-negative sizes or None, found {window}")
+    if causal:
+        right = 0
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    if supports(AttentionCase.of(q, v)) is None:
+        out = attention_forward(q, k, v, softmax_scale, left, right, cu_seqlens_q, cu_seqlens_k, deterministic)[0]
+    else:
+        out = fallback(q, k, v, softmax_scale, left, right, cu_seqlens_q, cu_seqlens_k)
+    return out.squeeze(0) if packed else out
+
+
+class AttentionCase(NamedTuple):
+    """What decides whether the operator has an implementation: everything else it takes as it comes."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int  # D
+    head_dim_v: int  # V
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor) -> "AttentionCase":
+        return cls(q.device.type, q.dtype, q.shape[-1], v.shape[-1])
+
+
+def supports(case: AttentionCase) -> str | None:
+    """None if `torch.ops.flashmoe.attention_*` can run the case, else the reason why not."""
+    if case.device_type in ("cpu", "meta"):
+        return None
+    if not has_kernel("attention_forward", case.device_type):
+        return f"this installation has no compiled attention kernel for device type {case.device_type!r}"
+    return None

@@ -1,0 +1,83 @@
+"""What the attention operators accept: everything else is an error that names the argument."""
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the scores, statistics and sums, and of lse."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[int, int]:
+    """Raises on arguments the operator does not accept; returns (H, G)."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [batch, seq, heads, head_dim], found {x.dim()} dimensions: {_shape(x)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point, found {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"q, k and v must have one dtype, found {name} {x.dtype} and q {q.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"q, k and v must be on one device, found {name} on {x.device} and q on {q.device}")
+        if x.shape[3] == 0:
+            raise ValueError(f"{name} must have a head_dim of at least 1, found {_shape(x)}")
+        if x.stride(3) != 1:
+            raise ValueError(f"{name} must have a contiguous last dimension, found strides {tuple(x.stride())}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k and v must agree in batch, seq and heads, found k {_shape(k)} and v {_shape(v)}")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"q and k must have one batch size, found q {_shape(q)} and k {_shape(k)}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must have one head_dim, found q {_shape(q)} and k {_shape(k)}")
+    heads, groups = q.shape[2], k.shape[2]
+    if groups == 0 or heads % groups != 0:
+        raise ValueError(f"the heads of q must be a multiple of those of k, found {heads} and {groups}")
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k must be given together")
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if x.dim() != 1 or x.shape[0] < 1:
+                raise ValueError(f"{name} must be [documents + 1], found {_shape(x)}")
+            if x.dtype != torch.int32:
+                raise TypeError(f"{name} must be int32, found {x.dtype}")
+            if x.device != q.device:
+                raise ValueError(f"{name} must be on q's device {q.device}, found {x.device}")
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            raise ValueError(
+                f"cu_seqlens_q and cu_seqlens_k must count the same documents, found {_shape(cu_seqlens_q)} and "
+                f"{_shape(cu_seqlens_k)}"
+            )
+        if q.shape[0] != 1:
+            raise ValueError(f"with cu_seqlens the batch size must be 1, found q {_shape(q)}")
+    return heads, groups
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)
+
+
+def check_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[int, int]:
+    heads, groups = check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    batch, length = q.shape[:2]
+    for name, x, shape, dtype in (
+        ("dout", dout, (batch, length, heads, v.shape[3]), q.dtype),
+        ("out", out, (batch, length, heads, v.shape[3]), q.dtype),
+        ("lse", lse, (batch, heads, length), accumulation_dtype(q.dtype)),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, found {_shape(x)}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, found {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, found {x.device}")
+    return heads, groups

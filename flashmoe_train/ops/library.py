@@ -1,0 +1,19 @@
+"""The `flashmoe` operator library: one place that defines schemas and knows which of them have a compiled kernel.
+
+Python owns the operators (schema, reference, fake, autograd); compiled code only adds implementations to them. So
+the operators exist, with the same schemas, on a machine that has no compiler and no GPU.
+"""
+
+import torch
+
+LIBRARY = torch.library.Library("flashmoe", "DEF")
+
+# Operators are functional and safe under torch.compile; the compiler may not reorder the strides it hands them.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+@torch.compiler.assume_constant_result
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether `flashmoe::op` has an implementation for tensors on `device_type` ("cpu", "cuda", ...)."""
+    key = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"flashmoe::{op}", key)

@@ -1,0 +1,319 @@
+"""`flashmoe_train.attention` against the float64 oracle, and as an operator under PyTorch's compiler and autograd."""
+
+import functools
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.optests.generate_tests import ALL_TEST_UTILS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from flashmoe_train import attention
+from flashmoe_train.ops.attention import AttentionCase, fallback, supports
+
+from .attention_cases import CASES, Case, cumulative, oracle
+
+ops = torch.ops.flashmoe
+
+
+def forward_backward(function, inputs: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, dout)
+
+
+def assert_equals_oracle(case: Case, function, device: str = "cpu", dtype: torch.dtype = torch.float32, **tolerance):
+    inputs = case.tensors(dtype, device)
+    wanted_out, _ = oracle(case, *inputs)
+    dout = torch.randn(wanted_out.shape, dtype=torch.float64).to(dtype)
+    wanted = wanted_out.detach(), *torch.autograd.grad(wanted_out, inputs, dout.double())
+    found = forward_backward(function, inputs, dout.to(device))
+    for name, x, y in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x.cpu().double(), y.double(), msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------- numerics
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_oracle(case: Case) -> None:
+    function = functools.partial(attention, **case.arguments())
+    assert_equals_oracle(case, function, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fallback_equals_oracle(case: Case) -> None:
+    assert_equals_oracle(case, functools.partial(run_fallback, case=case), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_public_function_on_gpu_equals_oracle(case: Case, dtype: torch.dtype) -> None:
+    function = functools.partial(attention, **case.arguments("cuda"))
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    assert_equals_oracle(case, function, "cuda", dtype, rtol=tolerance, atol=tolerance)
+
+
+def run_fallback(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
+    arguments = case.arguments(q.device.type)
+    left, right = (-1 if side is None else side for side in case.window)
+    cu_q = arguments.get("cu_seqlens_q")
+    cu_k = arguments.get("cu_seqlens_k", cu_q)
+    scale = q.shape[-1] ** -0.5 if case.softmax_scale is None else case.softmax_scale
+    return fallback(q, k, v, scale, left, 0 if case.causal else right, cu_q, cu_k)
+
+
+@pytest.mark.parametrize("case", [Case(), Case(length_q=23, length_k=5, causal=True)], ids=str)
+def test_lse(case: Case) -> None:
+    q, k, v = case.tensors()
+    _, wanted = oracle(case, q, k, v)
+    _, lse = ops.attention_forward(q, k, v, q.shape[-1] ** -0.5, -1, 0 if case.causal else -1, None, None, False)
+    torch.testing.assert_close(lse.double(), wanted)
+    assert not lse.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_rounds_once(dtype: torch.dtype) -> None:
+    assert_equals_oracle(Case(causal=True), functools.partial(attention, causal=True), dtype=dtype, rtol=2e-2, atol=2e-2)
+
+
+def test_gradcheck() -> None:
+    case = Case(batch=1, length_q=5, length_k=7, dim=4, dim_v=3, causal=True, window=(3, None))
+    assert torch.autograd.gradcheck(functools.partial(attention, **case.arguments()), case.tensors(torch.float64))
+
+
+def test_large_logits_stay_finite() -> None:
+    q, k, v = (x.detach() * 100 for x in Case(dim=64).tensors())
+    out = attention(q, k, v, softmax_scale=1.0)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out.double(), oracle(Case(softmax_scale=1.0), q, k, v)[0])
+
+
+def test_neighbouring_documents_do_not_leak() -> None:
+    q, k, v = (x.detach() for x in Case(batch=1, length_q=30).tensors())
+    cu_seqlens = cumulative((10, 10, 10))
+    wanted = attention(q, k, v, cu_seqlens_q=cu_seqlens)
+    for x in (q, k, v):
+        x[:, 10:20] = torch.nan
+    out = attention(q, k, v, cu_seqlens_q=cu_seqlens)
+    torch.testing.assert_close(out[:, :10], wanted[:, :10])
+    torch.testing.assert_close(out[:, 20:], wanted[:, 20:])
+
+
+def test_packed_tensors_without_batch() -> None:
+    q, k, v = Case(batch=1, length_q=30).tensors()
+    cu_seqlens = cumulative((10, 20))
+    out = attention(q[0], k[0], v[0], causal=True, cu_seqlens_q=cu_seqlens)
+    torch.testing.assert_close(out, attention(q, k, v, causal=True, cu_seqlens_q=cu_seqlens)[0])
+
+
+# ---------------------------------------------------------------------------------------------------- as an operator
+
+
+def operator_arguments(case: Case, dtype: torch.dtype = torch.float32) -> tuple:
+    q, k, v = case.tensors(dtype)
+    arguments = case.arguments()
+    left, right = (-1 if side is None else side for side in case.window)
+    cu_q = arguments.get("cu_seqlens_q")
+    cu_k = arguments.get("cu_seqlens_k", cu_q)
+    return q, k, v, 0.35, left, 0 if case.causal else right, cu_q, cu_k, False
+
+
+OPERATOR_CASES = [
+    Case(causal=True),
+    Case(layout="bhsd", dim=24, dim_v=16, window=(3, 2)),
+    Case(batch=1, length_q=20, documents_q=(5, 15), causal=True),
+]
+
+
+@pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
+def test_opcheck_forward(case: Case) -> None:
+    results = torch.library.opcheck(
+        ops.attention_forward.default, operator_arguments(case), test_utils=list(ALL_TEST_UTILS)
+    )
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
+def test_opcheck_backward(case: Case) -> None:
+    q, k, v, *rest = operator_arguments(case)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    out, lse = ops.attention_forward(q, k, v, *rest)
+    results = torch.library.opcheck(
+        ops.attention_backward.default, (torch.randn_like(out), q, k, v, out, lse, *rest), test_utils=list(ALL_TEST_UTILS)
+    )
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_compiles_once_for_all_lengths(documents: bool) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return attention(q.sin(), k, v, causal=True, cu_seqlens_q=cu_seqlens).square()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (17, 33, 300):
+            inputs = Case(batch=1 if documents else 2, length_q=length).tensors()
+            cu_seqlens = cumulative((length // 2, length - length // 2)) if documents else None
+            dout = torch.randn(inputs[0].shape)
+            found = forward_backward(functools.partial(compiled, cu_seqlens=cu_seqlens), inputs, dout)
+            wanted = forward_backward(functools.partial(function, cu_seqlens=cu_seqlens), inputs, dout)
+            for x, y in zip(found, wanted, strict=True):
+                torch.testing.assert_close(x, y)
+
+
+class CountOperators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "flashmoe":
+            self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def save_attention(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    saved = op == ops.attention_forward.default
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("mode, forwards", [("none", 1), ("full", 2), ("selective", 1)])
+def test_selective_checkpointing_does_not_recompute(mode: str, forwards: int) -> None:
+    q, k, v = Case().tensors()
+    block = functools.partial(attention, causal=True)
+    wanted = torch.autograd.grad(block(q.sin(), k, v).square().sum(), (q, k, v))
+    context = {
+        "full": {},
+        "selective": {"context_fn": lambda: create_selective_checkpoint_contexts(save_attention)},
+    }
+    with CountOperators() as counter:
+        if mode == "none":
+            out = block(q.sin(), k, v)
+        else:
+            out = checkpoint(lambda q, k, v: block(q.sin(), k, v), q, k, v, use_reentrant=False, **context[mode])
+        found = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert counter.counts == {"flashmoe::attention_forward": forwards, "flashmoe::attention_backward": 1}
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_saves_inputs_out_and_lse_only() -> None:
+    q, k, v = Case().tensors()
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(tuple(x.shape)), x)[1], lambda x: x):
+        attention(q, k, v)
+    assert saved == [(2, 17, 4, 8), (2, 17, 2, 8), (2, 17, 2, 8), (2, 17, 4, 8), (2, 4, 17)]
+
+
+def test_exports_with_symbolic_length() -> None:
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return attention(x, x, x, causal=True)
+
+    x = torch.randn(2, 16, 4, 8)
+    length = torch.export.Dim("length", min=2, max=4096)
+    exported = torch.export.export(Block(), (x,), dynamic_shapes={"x": {1: length}})
+    longer = torch.randn(2, 30, 4, 8)
+    torch.testing.assert_close(exported.module()(longer), Block()(longer))
+
+
+def test_flops() -> None:
+    q, k, v = Case(batch=1, length_q=64, heads=4, groups=2, dim=24, dim_v=16).tensors()
+    with FlopCounterMode(display=False) as counter:
+        attention(q, k, v).sum().backward()
+    assert counter.get_total_flops() == 2 * 4 * 64 * 64 * ((24 + 16) + (3 * 24 + 2 * 16))
+    with FlopCounterMode(display=False) as counter:
+        attention(q, k, v, causal=True, window=(9, None))
+    assert counter.get_total_flops() == 2 * 4 * (45 + 55 * 10) * (24 + 16)
+
+
+def test_gradient_of_an_expanded_scalar() -> None:
+    q, k, v = Case().tensors()
+    attention(q, k, v).sum().backward()  # dout has stride 0 everywhere
+    assert q.grad is not None and q.grad.is_contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------- wrong input
+
+Q, K, V = (torch.randn(2, 6, heads, 8) for heads in (4, 2, 2))
+CU = torch.tensor([0, 6], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "changes, error, text",
+    [
+        ({"q": Q[0]}, ValueError, r"q must be \[batch, seq, heads, head_dim\], found 3"),
+        ({"k": K.int()}, TypeError, "k must be floating point"),
+        ({"v": V.double()}, TypeError, "one dtype, found v torch.float64 and q torch.float32"),
+        ({"k": K.to("meta")}, ValueError, "one device, found k on meta"),
+        ({"q": Q[..., ::2]}, ValueError, "q must have a contiguous last dimension, found strides"),
+        ({"k": K[:, :5]}, ValueError, "k and v must agree in batch, seq and heads"),
+        ({"k": K[:1], "v": V[:1]}, ValueError, "one batch size"),
+        ({"q": Q[..., :4]}, ValueError, "one head_dim"),
+        ({"q": Q[:, :, :3]}, ValueError, "multiple of those of k, found 3 and 2"),
+        ({"window": (-2, None)}, ValueError, "window must hold non-negative sizes"),
+        ({"cu_seqlens_k": CU}, ValueError, "given together"),
+        ({"cu_seqlens_q": CU}, ValueError, "the batch size must be 1"),
+        ({"cu_seqlens_q": CU.long()}, TypeError, "cu_seqlens_q must be int32, found torch.int64"),
+        ({"cu_seqlens_q": CU[None]}, ValueError, r"cu_seqlens_q must be \[documents \+ 1\]"),
+        ({"cu_seqlens_q": CU, "cu_seqlens_k": CU[:1]}, ValueError, "the same documents"),
+        ({"cu_seqlens_q": CU, "cu_seqlens_k": CU.to("meta")}, ValueError, "cu_seqlens_k must be on q's device"),
+    ],
+)
+@pytest.mark.parametrize("function", ["operator", "fallback"])
+def test_wrong_argument(changes: dict, error: type[Exception], text: str, function: str, monkeypatch) -> None:
+    if function == "fallback":
+        monkeypatch.setattr("flashmoe_train.ops.attention.supports", lambda case: "not here")
+    with pytest.raises(error, match=text):
+        attention(**{"q": Q, "k": K, "v": V, **changes})
+
+
+@pytest.mark.parametrize("bounds", [[1, 6], [0, 4, 3, 6], [0, 7]])
+def test_wrong_document_bounds(bounds: list[int]) -> None:
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0, not decrease and end within the 6 rows"):
+        attention(Q[:1], K[:1], V[:1], cu_seqlens_q=cu_seqlens)
+
+
+@pytest.mark.parametrize("name", ["dout", "out", "lse"])
+def test_wrong_backward_argument(name: str) -> None:
+    arguments = {"dout": Q, "q": Q, "k": K, "v": V, "out": Q, "lse": torch.zeros(2, 4, 6)}
+    for wrong, error in ((arguments[name][..., :3], ValueError), (arguments[name].double(), TypeError)):
+        with pytest.raises(error, match=f"{name} must be"):
+            ops.attention_backward(*{**arguments, name: wrong}.values(), 1.0, -1, -1, None, None, False)
+
+
+def test_supports_names_the_reason() -> None:
+    case = AttentionCase("cpu", torch.bfloat16, 128, 128)
+    assert supports(case) is None
+    reason = supports(case._replace(device_type="xpu"))
+    assert reason is not None and "no compiled attention kernel for device type 'xpu'" in reason
+
+
+def test_random_shapes() -> None:
+    random = torch.Generator().manual_seed(1)
+
+    def pick(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=random))]
+
+    for _ in itertools.repeat(None, 60):
+        groups = pick(1, 2, 3)
+        case = Case(
+            batch=pick(1, 2),
+            length_q=pick(1, 7, 31, 63, 64, 65, 129),
+            length_k=pick(1, 7, 63, 64, 65, 127),
+            heads=groups * pick(1, 2, 3),
+            groups=groups,
+            dim=pick(4, 8, 24),
+            dim_v=pick(4, 8, 16),
+            causal=pick(True, False),
+            window=(pick(None, 0, 5, 200), pick(None, 0, 5, 200)),
+            layout=pick("bshd", "bhsd", "sbhd"),
+        )
+        assert_equals_oracle(case, functools.partial(attention, **case.arguments()), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,27 @@
+"""Runs a test's function on several processes over gloo, and fails with their traceback."""
+
+import os
+import socket
+from collections.abc import Callable
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _entry(rank: int, world_size: int, port: int, function: Callable[[], None]) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
+    )
+    dist.init_process_group("gloo")
+    try:
+        function()
+    finally:
+        dist.destroy_process_group()
+
+
+def run(function: Callable[[], None], processes: int = 2) -> None:
+    """`function` is a module-level function without arguments."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_entry, args=(processes, port, function), nprocs=processes)
