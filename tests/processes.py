@@ -8,20 +8,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _entry(rank: int, world_size: int, port: int, function: Callable[[], None]) -> None:
+def _entry(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
     )
     dist.init_process_group("gloo")
     try:
-        function()
+        function(*arguments)
     finally:
         dist.destroy_process_group()
 
 
-def run(function: Callable[[], None], processes: int = 2) -> None:
-    """`function` is a module-level function without arguments."""
+def run(function: Callable[..., None], *arguments: object, processes: int = 2) -> None:
+    """Calls `function(*arguments)`, a function of a module, in every process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_entry, args=(processes, port, function), nprocs=processes)
+    mp.spawn(_entry, args=(processes, port, function, arguments), nprocs=processes)

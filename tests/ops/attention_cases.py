@@ -5,7 +5,7 @@ comparing every pair of rows, gradients by autograd.
 """
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -72,7 +72,9 @@ def visible(case: Case, length_q: int, length_k: int) -> Tensor:
         for i, j in itertools.product(range(n_q), range(n_k)):
             offset = j - (i + n_k - n_q)
             mask[begin_q + i, begin_k + j] = (
-                (left is None or offset >= -left) and (right is None or offset <= right) and not (case.causal and offset > 0)
+                (left is None or offset >= -left)
+                and (right is None or offset <= right)
+                and not (case.causal and offset > 0)
             )
         begin_q, begin_k = begin_q + n_q, begin_k + n_k
     return mask

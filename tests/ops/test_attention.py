@@ -79,7 +79,9 @@ def test_lse(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_rounds_once(dtype: torch.dtype) -> None:
-    assert_equals_oracle(Case(causal=True), functools.partial(attention, causal=True), dtype=dtype, rtol=2e-2, atol=2e-2)
+    assert_equals_oracle(
+        Case(causal=True), functools.partial(attention, causal=True), dtype=dtype, rtol=2e-2, atol=2e-2
+    )
 
 
 def test_gradcheck() -> None:
@@ -145,7 +147,9 @@ def test_opcheck_backward(case: Case) -> None:
     q, k, v = q.detach(), k.detach(), v.detach()
     out, lse = ops.attention_forward(q, k, v, *rest)
     results = torch.library.opcheck(
-        ops.attention_backward.default, (torch.randn_like(out), q, k, v, out, lse, *rest), test_utils=list(ALL_TEST_UTILS)
+        ops.attention_backward.default,
+        (torch.randn_like(out), q, k, v, out, lse, *rest),
+        test_utils=list(ALL_TEST_UTILS),
     )
     assert set(results.values()) == {"SUCCESS"}
 

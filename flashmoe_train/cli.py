@@ -1,0 +1,61 @@
+"""The `flashmoe` command."""
+
+import os
+import sys
+from typing import Annotated
+
+import torch
+import typer
+
+from flashmoe_train import recipe as recipes
+from flashmoe_train.train import AllowFallback, Overrides, Recipe
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def flashmoe() -> None:
+    """Trains mixture-of-experts transformers with fast attention and MoE operators."""
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes on this machine; default: one per GPU, or 1.", min=1)
+    ] = None,
+    allow_fallback: AllowFallback = False,
+) -> None:
+    """Trains RECIPE on this machine, under torchrun."""
+    try:
+        recipes.load(recipes.find(recipe), overrides or [])
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+    processes = processes or max(1, torch.cuda.device_count())
+    # torchrun would set one thread for each of several processes: share the cores out instead.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    _torchrun(
+        ["--standalone", f"--nproc-per-node={processes}", "-m", "flashmoe_train.train", recipe, *(overrides or [])]
+        + ["--allow-fallback"] * allow_fallback
+    )
+
+
+def _torchrun(arguments: list[str]) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(arguments)
+    except ChildFailedError as error:
+        # The process that failed has printed its own error; torchrun's report of it adds nothing a user can use.
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

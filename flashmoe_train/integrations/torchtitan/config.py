@@ -1,0 +1,27 @@
+"""Our table in a TorchTitan job file: `[flashmoe]`."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Choice = Literal["flashmoe", "stock"]
+
+
+@dataclass
+class FlashMoE:
+    attention: Choice = "flashmoe"
+    """Whose attention runs: "flashmoe" or TorchTitan's own, "stock"."""
+
+
+@dataclass
+class JobConfig:
+    """TorchTitan merges this into its own JobConfig ([job] custom_config_module)."""
+
+    flashmoe: FlashMoE = field(default_factory=FlashMoE)
+
+
+def validate(config: FlashMoE) -> None:
+    """Raises ValueError if a value is not one of those allowed (TorchTitan checks the names of keys only)."""
+    for key, value in vars(config).items():
+        if value not in get_args(Choice):
+            allowed = " or ".join(repr(choice) for choice in get_args(Choice))
+            raise ValueError(f"[flashmoe] {key} must be {allowed}, found {value!r}")

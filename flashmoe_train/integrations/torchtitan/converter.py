@@ -1,0 +1,43 @@
+"""The model converter "flashmoe": TorchTitan calls it on the model on the meta device, before any parallelism."""
+
+from torch import nn
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.model_converter import register_model_converter
+from torchtitan.tools.logging import logger
+
+from flashmoe_train.integrations.torchtitan import attention, compat
+from flashmoe_train.integrations.torchtitan.config import FlashMoE, validate
+from flashmoe_train.swap import Report, Swap, swap_modules
+
+
+class FlashMoEConverter:
+    """Swaps what the `[flashmoe]` table says (by default everything it knows)."""
+
+    last_report: Report | None = None  # of the latest convert() in this process, for the summary of a run
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+        # Without [job] custom_config_module there is no [flashmoe] table, and its defaults hold.
+        self.config: FlashMoE = getattr(job_config, "flashmoe", None) or FlashMoE()
+        validate(self.config)
+        compat.check_job(job_config, parallel_dims)
+        self.model_name = job_config.model.name
+
+    def convert(self, model: nn.Module) -> None:
+        swaps: list[Swap] = []
+        if self.config.attention == "flashmoe":
+            swaps += attention.SWAPS
+            if not attention.save_in_selective_checkpointing(self.model_name):
+                logger.warning(
+                    f"flashmoe: {self.model_name} has no list of operators to save in selective checkpointing"
+                )
+        report = swap_modules(model, swaps) if swaps else Report()
+        for modules, found, became, count in report.summary():
+            logger.info(f"flashmoe: {count} × {modules}: {found} -> {became}")
+        FlashMoEConverter.last_report = report
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """Part of TorchTitan's converter protocol; there is nothing to do."""
+
+
+register_model_converter(FlashMoEConverter, "flashmoe")

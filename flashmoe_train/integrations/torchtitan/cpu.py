@@ -1,0 +1,66 @@
+"""TorchTitan 0.2.2 on a machine without a GPU: what it expects of `torch.cuda` and NCCL, given by the CPU and gloo.
+
+`apply()` has to run before `import torchtitan`, which looks for the device while it is imported. Each adjustment says
+what fails without it; none of them touches a machine that has a GPU.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._utils
+import torch.distributed as dist
+
+
+def apply() -> None:
+    """Adjusts torch in this process. Does nothing where there is a GPU, and nothing the second time."""
+    if torch.cuda.is_available() or getattr(apply, "done", False):
+        return
+    apply.done = True  # type: ignore[attr-defined]
+    _find_cpu()
+    _device_functions()
+    _gloo()
+
+
+def _find_cpu() -> None:
+    # torchtitan.tools.utils falls back to "cuda" when torch finds no accelerator.
+    torch._utils._get_available_device_type = lambda: "cpu"
+
+
+def _device_functions() -> None:
+    # torchtitan.components.metrics reads the device's name and memory; torch.cpu has no such functions.
+    memory = types.SimpleNamespace(total_memory=_physical_memory())
+    stand_ins: dict[str, Callable[..., Any]] = {
+        "get_device_name": lambda device=None: "CPU",
+        "get_device_properties": lambda device=None: memory,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "memory_stats": lambda device=None: {},
+        "empty_cache": lambda: None,
+    }
+    for name, function in stand_ins.items():
+        if not hasattr(torch.cpu, name):
+            setattr(torch.cpu, name, function)
+
+
+def _physical_memory() -> int:
+    import os
+
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _gloo() -> None:
+    # torchtitan.distributed.utils calls barrier(device_ids=["cpu"]); gloo takes no device ids.
+    barrier = dist.barrier
+    dist.barrier = lambda group=None, async_op=False, device_ids=None: barrier(group, async_op)  # type: ignore[assignment]
+
+    # FSDP with a gradient_divide_factor asks for a pre-multiplied sum, which gloo does not have.
+    from torch.distributed.fsdp import FSDPModule
+
+    set_factor = FSDPModule.set_gradient_divide_factor
+
+    def set_gradient_divide_factor(self: FSDPModule, factor: float) -> None:
+        set_factor(self, factor)
+        self.set_force_sum_reduction_for_comms(True)
+
+    FSDPModule.set_gradient_divide_factor = set_gradient_divide_factor  # type: ignore[method-assign]

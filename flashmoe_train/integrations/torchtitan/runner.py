@@ -1,0 +1,118 @@
+"""Runs a TorchTitan job under `flashmoe train`: TorchTitan's own trainer, with our progress bar and summary."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.components.metrics import BaseLogger
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.train import Trainer
+
+from flashmoe_train import data
+from flashmoe_train.integrations.torchtitan.converter import FlashMoEConverter
+from flashmoe_train.monitor import Monitor, Step
+from flashmoe_train.swap import Report
+
+BYTE_TOKENIZER = "bytes"  # as [model] hf_assets_path: one token per byte, written into the run's folder
+
+
+def parse(job: dict[str, Any]) -> JobConfig:
+    """TorchTitan's JobConfig of a job file's tables, checked by TorchTitan."""
+
+    class Manager(ConfigManager):
+        def _maybe_load_toml(self, args: list[str]) -> dict[str, Any]:
+            return job
+
+    return Manager().parse_args([])
+
+
+def run(job: dict[str, Any], next_command: str) -> None:
+    """Trains the job in this process, one of those torchrun started. Console output comes from one process only."""
+    logging.root.addHandler(logging.NullHandler())  # until the run's folder is known
+    config = parse(job)
+    config.metrics.enable_tensorboard = True
+    folder = Path(config.job.dump_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _log_to(folder / f"log_rank{os.environ['RANK']}.txt")
+    if config.model.hf_assets_path == BYTE_TOKENIZER:
+        config.model.hf_assets_path = str(data.write_byte_tokenizer(folder / "byte_tokenizer"))
+
+    trainer = MonitoredTrainer(config)
+    try:
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+        else:
+            trainer.train()
+            trainer.summarise(next_command)
+    finally:
+        trainer.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _log_to(path: Path) -> None:
+    """TorchTitan logs every setting and step through the root logger: that goes to a file, the screen stays ours."""
+    logging.captureWarnings(True)
+    handler = logging.FileHandler(path, mode="w")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.root.handlers[:] = [handler]
+    logging.root.setLevel(logging.INFO)
+
+
+class MonitoredTrainer(Trainer):
+    """TorchTitan's trainer; the process that TorchTitan lets write metrics also shows them."""
+
+    monitor: Monitor | None = None
+
+    def __init__(self, job_config: JobConfig) -> None:
+        super().__init__(job_config)
+        metrics = self.metrics_processor
+        if type(metrics.logger) is not BaseLogger:  # TorchTitan gives the other processes the one that does nothing
+            model, training = job_config.model, job_config.training
+            title = f"{model.name} {model.flavor} on {dist.get_world_size()} × {self.device.type}"
+            self.monitor = Monitor(title, Path(job_config.job.dump_folder), training.steps)
+            metrics.logger = _MonitorLogger(metrics.logger, self.monitor)
+
+    def train(self) -> None:
+        super().train()
+        # The loss on held-out data belongs into the summary, whatever validation.freq is.
+        if self.job_config.validation.enable and not self.validator.should_validate(self.step):
+            self.validator.validate(self.model_parts, self.step)
+
+    def summarise(self, next_command: str) -> None:
+        if self.monitor is None:
+            return
+        config = self.job_config
+        self.monitor.finish(
+            swaps=FlashMoEConverter.last_report or Report(),
+            tensorboard=Path(config.job.dump_folder) / config.metrics.save_tb_folder,
+            unigram_entropy=data.unigram_entropy() if config.training.dataset == "torch_sources" else None,
+            next_command=next_command,
+        )
+
+    def close(self) -> None:
+        if self.monitor is not None:
+            self.monitor.stop()
+        super().close()
+
+
+class _MonitorLogger(BaseLogger):
+    """Hands TorchTitan's metrics to its own loggers and to the monitor."""
+
+    def __init__(self, loggers: BaseLogger, monitor: Monitor) -> None:
+        self.loggers = loggers
+        self.monitor = monitor
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.loggers.log(metrics, step)
+        if "validation_metrics/loss" in metrics:
+            self.monitor.log_heldout(step, metrics["validation_metrics/loss"])
+        else:
+            self.monitor.log_step(
+                Step(step, metrics["loss_metrics/global_avg_loss"], metrics["grad_norm"], metrics["throughput(tps)"])
+            )
+
+    def close(self) -> None:
+        self.loggers.close()

@@ -1,0 +1,135 @@
+"""What a person sees of a training run, whichever framework runs it: progress bar, loss curve, summary.
+
+One process of a run has a Monitor. It leaves `loss.png` and `summary.json` in the run's folder.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flashmoe_train.swap import Report
+
+
+@dataclass(frozen=True)
+class Step:
+    """One logged training step."""
+
+    step: int
+    loss: float  # nats per token, mean over all processes
+    grad_norm: float
+    tokens_per_s: float  # per device
+
+
+@dataclass
+class History:
+    steps: list[Step] = field(default_factory=list)
+    heldout: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
+
+
+class Monitor:
+    """Follows one run of `total_steps` steps that writes to `folder`."""
+
+    def __init__(self, title: str, folder: Path, total_steps: int, console: Console | None = None) -> None:
+        self.folder = folder
+        self.total_steps = total_steps
+        self.history = History()
+        self.console = console or Console()
+        if not self.console.is_terminal:
+            self.console.width = 120
+        columns = (
+            TextColumn(title),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[now]}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self._task = self._progress.add_task(title, total=total_steps, now="")
+        self._progress.start()
+        if not self.console.is_terminal:
+            self.console.print(title)
+
+    def log_step(self, step: Step) -> None:
+        self.history.steps.append(step)
+        now = f"loss {step.loss:.3f}  {step.tokens_per_s:,.0f} tokens/s"
+        self._progress.update(self._task, completed=step.step, now=now)
+        # A log file gets ten lines instead of a bar.
+        if not self.console.is_terminal and (step.step == 1 or step.step % max(1, self.total_steps // 10) == 0):
+            self.console.print(f"step {step.step:>5}/{self.total_steps}  {now}", highlight=False)
+
+    def log_heldout(self, step: int, loss: float) -> None:
+        self.history.heldout.append((step, loss))
+
+    def stop(self) -> None:
+        """Takes the progress bar off the screen; `finish` does so too."""
+        self._progress.stop()
+
+    def finish(self, swaps: Report, tensorboard: Path, unigram_entropy: float | None, next_command: str) -> None:
+        """Draws the loss curve, writes summary.json and prints what a user wants to know at the end."""
+        self.stop()
+        if not self.history.steps:
+            self.console.print("No step was trained: the run was already complete.")
+            return
+        first, last = self.history.steps[0], self.history.steps[-1]
+        tokens_per_s = median(step.tokens_per_s for step in self.history.steps[1:] or [last])
+        curve = self._draw(unigram_entropy)
+        summary = self._write_summary(swaps, tokens_per_s, unigram_entropy)
+
+        self.console.print(_swap_table(swaps))
+        facts = Table.grid(padding=(0, 2))
+        facts.add_row("loss", f"{first.loss:.3f} → {last.loss:.3f} nats per token over {last.step} steps")
+        if self.history.heldout:
+            facts.add_row("held-out loss", f"{self.history.heldout[-1][1]:.3f}")
+        if unigram_entropy is not None:
+            facts.add_row("for scale", f"{unigram_entropy:.3f}: the entropy of the corpus' bytes, each taken alone")
+        facts.add_row("speed", f"{tokens_per_s:,.0f} tokens/s per device (median)")
+        facts.add_row("TensorBoard", f"tensorboard --logdir {tensorboard}")
+        facts.add_row("loss curve", str(curve))
+        facts.add_row("summary", str(summary))
+        facts.add_row("next", next_command)
+        self.console.print(facts, highlight=False, soft_wrap=True)
+
+    def _write_summary(self, swaps: Report, tokens_per_s: float, unigram_entropy: float | None) -> Path:
+        path = self.folder / "summary.json"
+        content: dict[str, Any] = {
+            "swapped": [dict(zip(("modules", "from", "to", "count"), row, strict=True)) for row in swaps.summary()],
+            "steps": [asdict(step) for step in self.history.steps],
+            "heldout": [{"step": step, "loss": loss} for step, loss in self.history.heldout],
+            "tokens_per_s_per_device": tokens_per_s,
+            "unigram_entropy": unigram_entropy,
+        }
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        return path
+
+    def _draw(self, unigram_entropy: float | None) -> Path:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([s.step for s in self.history.steps], [s.loss for s in self.history.steps], label="training")
+        if self.history.heldout:
+            axes.plot(*zip(*self.history.heldout, strict=True), "o", label="held-out files")
+        if unigram_entropy is not None:
+            axes.axhline(unigram_entropy, color="gray", linestyle="--", label="entropy of single bytes")
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.legend()
+        path = self.folder / "loss.png"
+        figure.savefig(path, dpi=120)
+        return path
+
+
+def _swap_table(swaps: Report) -> Table:
+    table = Table(title="What was swapped", title_justify="left")
+    for heading in ("module", "from", "to", "how many"):
+        table.add_column(heading, overflow="fold")
+    for modules, found, became, count in swaps.summary():
+        table.add_row(modules, found, became, str(count))
+    if not swaps.rows:
+        table.add_row("nothing: every choice is 'stock'", "", "", "0")
+    return table

@@ -1,0 +1,82 @@
+"""Replaces modules of a model that exists already, and says what it did.
+
+A swap keeps the module object and changes its class to a subclass that computes the same function with our operators:
+parameters, their names, shapes, initialisation and hooks are untouched, so checkpoints are the same with and without.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One class of somebody's model and what takes its place."""
+
+    target: type[nn.Module]  # this class exactly: a subclass may compute something else
+    replacement: type[nn.Module] | None  # a subclass of target; None where we have none
+    why_not: Callable[[nn.Module], str | None] = lambda module: None  # a reason to leave this one alone
+
+    def __post_init__(self) -> None:
+        if self.replacement is not None and not issubclass(self.replacement, self.target):
+            raise TypeError(f"{self.replacement.__name__} must be a subclass of {self.target.__name__}")
+
+
+class Row(NamedTuple):
+    """What became of one module that a swap matched."""
+
+    name: str
+    found: str  # class names
+    became: str | None  # None: left alone
+    reason: str
+
+
+@dataclass
+class Report:
+    """What `swap_modules` did."""
+
+    rows: list[Row] = field(default_factory=list)
+    _swapped: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
+
+    def summary(self) -> list[tuple[str, str, str, int]]:
+        """(modules, from, to or why not, how many), modules that differ only in their numbers in one row."""
+        counts = Counter(
+            (re.sub(r"\b\d+\b", "*", row.name), row.found, row.became or f"left alone: {row.reason}")
+            for row in self.rows
+        )
+        return [(*key, n) for key, n in counts.items()]
+
+    def revert(self) -> None:
+        """Gives every module its own class back."""
+        while self._swapped:
+            module, original = self._swapped.pop()
+            module.__class__ = original
+
+
+def swap_modules(model: nn.Module, swaps: Sequence[Swap]) -> Report:
+    """Applies `swaps` to every module of `model`, in place.
+
+    Raises ValueError if not a single module could be swapped: who asks for a swap must not train without it.
+    """
+    by_target = {swap.target: swap for swap in swaps}
+    report = Report()
+    for name, module in model.named_modules():
+        swap = by_target.get(type(module))
+        if swap is None:
+            continue
+        reason = swap.why_not(module)
+        if reason is None and swap.replacement is not None:
+            report._swapped.append((module, type(module)))
+            module.__class__ = swap.replacement
+            report.rows.append(Row(name, swap.target.__name__, swap.replacement.__name__, ""))
+        else:
+            report.rows.append(Row(name, swap.target.__name__, None, reason or "no replacement"))
+    if not report._swapped:
+        looked_for = ", ".join(sorted(target.__name__ for target in by_target))
+        left = "; ".join(sorted({f"{row.found}: {row.reason}" for row in report.rows}))
+        raise ValueError(f"nothing was swapped in {type(model).__name__}: {left or f'it has no {looked_for}'}")
+    return report

@@ -1,0 +1,103 @@
+"""Runs TorchTitan jobs in the processes of a test: a model from a seed checkpoint, a few steps, its losses."""
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flashmoe_train import data, recipe
+from flashmoe_train.integrations.torchtitan import runner
+from flashmoe_train.integrations.torchtitan.runner import BaseLogger  # TorchTitan's, imported after our adjustments
+
+SEED_CHECKPOINT = "seed/checkpoint/step-0"
+
+
+def job(model: str, flavor: str, folder: Path) -> dict[str, Any]:
+    """An unmodified TorchTitan job file's tables, plus our three lines."""
+    return {
+        "job": {
+            "dump_folder": str(folder),
+            "custom_config_module": "flashmoe_train.integrations.torchtitan",
+        },
+        "model": {
+            "name": model,
+            "flavor": flavor,
+            "hf_assets_path": str(folder.parent / "byte_tokenizer"),
+            "converters": ["flashmoe"],
+        },
+        "flashmoe": {"attention": "flashmoe"},
+        "training": {
+            "dataset": "torch_sources",
+            "seq_len": 64,
+            "local_batch_size": 4,
+            "steps": 8,
+            "mixed_precision_param": "float32",
+        },
+        "lr_scheduler": {"warmup_steps": 2},
+        "activation_checkpoint": {"mode": "none"},
+        "metrics": {"log_freq": 1, "enable_tensorboard": True},
+        "debug": {"seed": 0},
+    }
+
+
+class Recorder(BaseLogger):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.losses.append(metrics["loss_metrics/global_avg_loss"])
+
+
+def train(tables: dict[str, Any], overrides: list[str], root: Path) -> list[float] | None:
+    """The losses of a job started from the seed checkpoint in `root`; None on processes that do not log."""
+    logging.root.setLevel(logging.WARNING)
+    torch._dynamo.reset()
+    tables = copy.deepcopy(tables)
+    tables["checkpoint"] = {"enable": True, "load_only": True, "initial_load_path": str(root / SEED_CHECKPOINT)}
+    for override in overrides:
+        recipe.apply(tables, override)
+    trainer = runner.Trainer(runner.parse(tables))
+    logs = type(trainer.metrics_processor.logger) is not BaseLogger
+    trainer.metrics_processor.logger = recorder = Recorder()
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    return recorder.losses if logs else None
+
+
+def write_seed_checkpoint(tables: dict[str, Any], root: Path) -> None:
+    """Written by stock TorchTitan, so that loading it under a swap shows that the state dict is unchanged."""
+    tables = copy.deepcopy(tables)
+    tables["flashmoe"]["attention"] = "stock"
+    tables["job"]["dump_folder"] = str(root / "seed")
+    tables["checkpoint"] = {"enable": True, "create_seed_checkpoint": True}
+    data.write_byte_tokenizer(root / "byte_tokenizer")
+    trainer = runner.Trainer(runner.parse(tables))
+    trainer.checkpointer.save(curr_step=0, last_step=True)
+    trainer.close()
+
+
+def stock_and_swapped(tables: dict[str, Any], layouts: dict[str, list[str]], root: Path) -> None:
+    """Trains every layout with stock and with swapped modules; the process that logs writes `losses.json`."""
+    losses: dict[str, dict[str, list[float]]] = {}
+    for layout, overrides in layouts.items():
+        for attention in ("stock", "flashmoe"):
+            result = train(tables, [*overrides, f"flashmoe.attention={attention}"], root)
+            if result is not None:
+                losses.setdefault(layout, {})[attention] = result
+    if losses:
+        path = root / f"losses{dist.get_rank()}.json"
+        path.write_text(json.dumps(losses))
+
+
+def read_losses(root: Path) -> dict[str, dict[str, list[float]]]:
+    """By layout, then by "stock" or "flashmoe". Under pipeline parallelism another process logs than otherwise."""
+    losses: dict[str, dict[str, list[float]]] = {}
+    for path in sorted(root.glob("losses*.json")):
+        losses |= json.loads(path.read_text())
+    return losses
