@@ -1,5 +1,6 @@
 """The `flashmoe` command."""
 
+import logging
 import os
 import sys
 from typing import Annotated
@@ -8,6 +9,7 @@ import torch
 import typer
 
 from flashmoe_train import recipe as recipes
+from flashmoe_train.errors import UsageError
 from flashmoe_train.train import AllowFallback, Overrides, Recipe
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -30,8 +32,9 @@ def train(
     """Trains RECIPE on this machine, under torchrun."""
     try:
         recipes.load(recipes.find(recipe), overrides or [])
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     processes = processes or max(1, torch.cuda.device_count())
     # torchrun would set one thread for each of several processes: share the cores out instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
@@ -45,12 +48,16 @@ def _torchrun(arguments: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    # A process that fails prints its own error; torchrun's reports of it would bury that.
+    for module in ("api", "errors.error_handler"):
+        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{module}").setLevel(logging.CRITICAL)
     try:
         torchrun(arguments)
     except ChildFailedError as error:
-        # The process that failed has printed its own error; torchrun's report of it adds nothing a user can use.
-        _, failure = error.get_first_failure()
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            sys.exit(f"error: process {rank} was ended by {failure.signal_name()}")
+        sys.exit(failure.exitcode)
 
 
 def main() -> None:

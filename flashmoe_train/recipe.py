@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flashmoe_train.errors import UsageError
 from flashmoe_train.resources import resource
 
 
 def find(name: str) -> Path:
     """The file of a recipe, given as a path or by the name of one that ships with the package.
 
-    Raises FileNotFoundError that names the nearest shipped recipes.
+    Raises UsageError that names the nearest shipped recipes.
     """
     if name.endswith(".toml"):
         path = Path(name)
@@ -23,19 +24,19 @@ def find(name: str) -> Path:
         return shipped[name]
     close = difflib.get_close_matches(Path(name).stem, shipped, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"shipped recipes: {', '.join(shipped)}"
-    raise FileNotFoundError(f"no recipe {name!r}: neither a TOML file nor a shipped recipe; {hint}")
+    raise UsageError(f"no recipe {name!r}: neither a TOML file nor a shipped recipe; {hint}")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The recipe's tables, with `table.key=value` overrides applied; a value is TOML, or a string as it stands.
 
-    Raises ValueError that says where the TOML is broken or which override is not of that form.
+    Raises UsageError that says where the TOML is broken or which override is not of that form.
     """
     try:
         with open(path, "rb") as f:
             tables = tomllib.load(f)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
         apply(tables, override)
     return tables
@@ -46,7 +47,7 @@ def apply(tables: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     *path, key = name.split(".")
     if not equals or not path or not all((*path, key)):
-        raise ValueError(f"an override must be table.key=value, found {override!r}")
+        raise UsageError(f"an override must be table.key=value, found {override!r}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -54,5 +55,5 @@ def apply(tables: dict[str, Any], override: str) -> None:
     for part in path:
         tables = tables.setdefault(part, {})
         if not isinstance(tables, dict):
-            raise ValueError(f"override {override!r}: {part} is a value, not a table")
+            raise UsageError(f"override {override!r}: {part} is a value, not a table")
     tables[key] = value

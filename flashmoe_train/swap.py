@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from flashmoe_train.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Swap:
@@ -60,7 +62,7 @@ class Report:
 def swap_modules(model: nn.Module, swaps: Sequence[Swap]) -> Report:
     """Applies `swaps` to every module of `model`, in place.
 
-    Raises ValueError if not a single module could be swapped: who asks for a swap must not train without it.
+    Raises UsageError if not a single module could be swapped: who asks for a swap must not train without it.
     """
     by_target = {swap.target: swap for swap in swaps}
     report = Report()
@@ -78,5 +80,5 @@ def swap_modules(model: nn.Module, swaps: Sequence[Swap]) -> Report:
     if not report._swapped:
         looked_for = ", ".join(sorted(target.__name__ for target in by_target))
         left = "; ".join(sorted({f"{row.found}: {row.reason}" for row in report.rows}))
-        raise ValueError(f"nothing was swapped in {type(model).__name__}: {left or f'it has no {looked_for}'}")
+        raise UsageError(f"nothing was swapped in {type(model).__name__}: {left or f'it has no {looked_for}'}")
     return report

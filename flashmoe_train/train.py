@@ -8,6 +8,7 @@ import torch
 import typer
 
 from flashmoe_train import recipe as recipes
+from flashmoe_train.errors import UsageError
 from flashmoe_train.ops.attention import AttentionCase, supports
 
 Recipe = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that ships with the package.")]
@@ -17,10 +18,6 @@ Overrides = Annotated[
 AllowFallback = Annotated[
     bool, typer.Option("--allow-fallback", help="Train on PyTorch's own kernels where ours are missing.")
 ]
-
-
-class UsageError(Exception):
-    """The user can put this right: shown without a traceback."""
 
 
 def check_kernels(allow_fallback: bool) -> None:
@@ -35,11 +32,9 @@ def check_kernels(allow_fallback: bool) -> None:
 def train(recipe: str, overrides: list[str], allow_fallback: bool) -> None:
     """Trains a recipe in this process; all processes of the run call it."""
     check_kernels(allow_fallback)
-    try:
-        job = recipes.load(recipes.find(recipe), overrides)
-        from flashmoe_train.integrations.torchtitan import runner
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        raise UsageError(str(error)) from None
+    job = recipes.load(recipes.find(recipe), overrides)
+    from flashmoe_train.integrations.torchtitan import runner
+
     runner.run(with_defaults(job), next_command=f"flashmoe train {recipe} training.steps=200")
 
 

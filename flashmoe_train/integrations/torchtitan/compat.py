@@ -7,31 +7,32 @@ from typing import Any
 from packaging.version import Version
 
 from flashmoe_train import versions
+from flashmoe_train.errors import UsageError
 
 
 def check_installed() -> None:
-    """Raises ImportError unless a TorchTitan is installed that has the extension points we use."""
+    """Raises UsageError unless a TorchTitan is installed that has the extension points we use."""
     if importlib.util.find_spec("torchtitan") is None:
-        raise ImportError("TorchTitan is not installed: pip install 'flashmoe-train[torchtitan]'")
+        raise UsageError("TorchTitan is not installed: pip install 'flashmoe-train[torchtitan]'")
     # By capability, not by number: torchtitan 0.3 replaced model converters by configuration overrides.
     if importlib.util.find_spec("torchtitan.protocols.model_converter") is None:
         found = importlib.metadata.version("torchtitan")
-        raise ImportError(
+        raise UsageError(
             f"torchtitan {found} has no model converters. What works together:\n{versions.table('torchtitan')}"
         )
 
 
 def check_job(job_config: Any, parallel_dims: Any) -> None:
-    """Raises ValueError for a job that stock TorchTitan or this swap is known not to run."""
+    """Raises UsageError for a job that stock TorchTitan or this swap is known not to run."""
     if parallel_dims.cp_enabled:
-        raise ValueError("context_parallel_degree > 1 is not supported with swapped attention; set it to 1")
+        raise UsageError("context_parallel_degree > 1 is not supported with swapped attention; set it to 1")
     if "float8" in " ".join(job_config.model.converters):
-        raise ValueError("converter 'flashmoe' does not work beside float8 converters; leave one of them out")
+        raise UsageError("converter 'flashmoe' does not work beside float8 converters; leave one of them out")
     for entry in versions.broken("torchtitan", Version(importlib.metadata.version("torch"))):
         if set(entry["features"]) <= features(job_config, parallel_dims):
             pair = f"torchtitan {entry['version']} with torch {entry['torch']}"
             what = " + ".join(entry["features"])
-            raise ValueError(f"{pair} cannot run {what}: {entry['why']}. {entry['instead']}")
+            raise UsageError(f"{pair} cannot run {what}: {entry['why']}. {entry['instead']}")
 
 
 def features(job_config: Any, parallel_dims: Any) -> set[str]:

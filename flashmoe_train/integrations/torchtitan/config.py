@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from flashmoe_train.errors import UsageError
+
 Choice = Literal["flashmoe", "stock"]
 
 
@@ -20,8 +22,8 @@ class JobConfig:
 
 
 def validate(config: FlashMoE) -> None:
-    """Raises ValueError if a value is not one of those allowed (TorchTitan checks the names of keys only)."""
+    """Raises UsageError if a value is not one of those allowed: run natively, TorchTitan checks only the keys."""
     for key, value in vars(config).items():
         if value not in get_args(Choice):
             allowed = " or ".join(repr(choice) for choice in get_args(Choice))
-            raise ValueError(f"[flashmoe] {key} must be {allowed}, found {value!r}")
+            raise UsageError(f"[flashmoe] {key} must be {allowed}, found {value!r}")

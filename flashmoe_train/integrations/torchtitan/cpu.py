@@ -52,7 +52,11 @@ def _physical_memory() -> int:
 def _gloo() -> None:
     # torchtitan.distributed.utils calls barrier(device_ids=["cpu"]); gloo takes no device ids.
     barrier = dist.barrier
-    dist.barrier = lambda group=None, async_op=False, device_ids=None: barrier(group, async_op)  # type: ignore[assignment]
+
+    def barrier_without_devices(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
+        return barrier(*args, **kwargs)
+
+    dist.barrier = barrier_without_devices
 
     # FSDP with a gradient_divide_factor asks for a pre-multiplied sum, which gloo does not have.
     from torch.distributed.fsdp import FSDPModule

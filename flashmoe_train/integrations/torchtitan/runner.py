@@ -7,10 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 from torchtitan.components.metrics import BaseLogger
-from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.config import JobConfig
 from torchtitan.train import Trainer
 
 from flashmoe_train import data
+from flashmoe_train.integrations.torchtitan import job
 from flashmoe_train.integrations.torchtitan.converter import FlashMoEConverter
 from flashmoe_train.monitor import Monitor, Step
 from flashmoe_train.swap import Report
@@ -18,20 +19,11 @@ from flashmoe_train.swap import Report
 BYTE_TOKENIZER = "bytes"  # as [model] hf_assets_path: one token per byte, written into the run's folder
 
 
-def parse(job: dict[str, Any]) -> JobConfig:
-    """TorchTitan's JobConfig of a job file's tables, checked by TorchTitan."""
-
-    class Manager(ConfigManager):
-        def _maybe_load_toml(self, args: list[str]) -> dict[str, Any]:
-            return job
-
-    return Manager().parse_args([])
-
-
-def run(job: dict[str, Any], next_command: str) -> None:
+def run(tables: dict[str, Any], next_command: str) -> None:
     """Trains the job in this process, one of those torchrun started. Console output comes from one process only."""
     logging.root.addHandler(logging.NullHandler())  # until the run's folder is known
-    config = parse(job)
+    config = job.parse(tables)
+    job.check(config, int(os.environ["WORLD_SIZE"]))
     config.metrics.enable_tensorboard = True
     folder = Path(config.job.dump_folder)
     folder.mkdir(parents=True, exist_ok=True)

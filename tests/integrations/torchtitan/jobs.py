@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 
 from flashmoe_train import data, recipe
-from flashmoe_train.integrations.torchtitan import runner
+from flashmoe_train.integrations.torchtitan import job, runner
 from flashmoe_train.integrations.torchtitan.runner import BaseLogger  # TorchTitan's, imported after our adjustments
 
 SEED_CHECKPOINT = "seed/checkpoint/step-0"
 
 
-def job(model: str, flavor: str, folder: Path) -> dict[str, Any]:
+def tables_of(model: str, flavor: str, folder: Path) -> dict[str, Any]:
     """An unmodified TorchTitan job file's tables, plus our three lines."""
     return {
         "job": {
@@ -60,7 +60,7 @@ def train(tables: dict[str, Any], overrides: list[str], root: Path) -> list[floa
     tables["checkpoint"] = {"enable": True, "load_only": True, "initial_load_path": str(root / SEED_CHECKPOINT)}
     for override in overrides:
         recipe.apply(tables, override)
-    trainer = runner.Trainer(runner.parse(tables))
+    trainer = runner.Trainer(job.parse(tables))
     logs = type(trainer.metrics_processor.logger) is not BaseLogger
     trainer.metrics_processor.logger = recorder = Recorder()
     try:
@@ -77,7 +77,7 @@ def write_seed_checkpoint(tables: dict[str, Any], root: Path) -> None:
     tables["job"]["dump_folder"] = str(root / "seed")
     tables["checkpoint"] = {"enable": True, "create_seed_checkpoint": True}
     data.write_byte_tokenizer(root / "byte_tokenizer")
-    trainer = runner.Trainer(runner.parse(tables))
+    trainer = runner.Trainer(job.parse(tables))
     trainer.checkpointer.save(curr_step=0, last_step=True)
     trainer.close()
 

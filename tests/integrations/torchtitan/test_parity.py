@@ -24,7 +24,7 @@ PARALLEL = {
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     root = tmp_path_factory.mktemp("llama3")
-    tables = jobs.job("llama3", "debugmodel", root / "run")
+    tables = jobs.tables_of("llama3", "debugmodel", root / "run")
     processes.run(jobs.write_seed_checkpoint, tables, root, processes=1)
     return tables, root
 

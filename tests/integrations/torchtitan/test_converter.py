@@ -1,0 +1,117 @@
+"""What the converter swaps, leaves alone and refuses."""
+
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.version import Version
+
+from flashmoe_train import versions
+from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.torchtitan import compat, job
+from flashmoe_train.integrations.torchtitan.attention import FlashMoEAttention
+from flashmoe_train.integrations.torchtitan.config import FlashMoE, validate
+from flashmoe_train.integrations.torchtitan.converter import FlashMoEConverter
+
+from .jobs import tables_of
+
+
+def dims(**enabled: bool) -> types.SimpleNamespace:
+    names = ("tp_enabled", "pp_enabled", "ep_enabled", "cp_enabled")
+    return types.SimpleNamespace(**{name: enabled.get(name, False) for name in names})
+
+
+def config(**tables: dict):
+    values = tables_of("llama3", "debugmodel", Path("unused"))
+    for table, entries in tables.items():
+        values.setdefault(table, {}).update(entries)
+    return job.parse(values)
+
+
+def build(flavor: str) -> torch.nn.Module:
+    from torchtitan.models.llama3 import Transformer, llama3_args
+
+    with torch.device("meta"):
+        return Transformer(llama3_args[flavor])
+
+
+def test_swaps_every_layer_and_keeps_the_state_dict() -> None:
+    model = build("debugmodel")
+    before = list(model.state_dict())
+    FlashMoEConverter(config(), dims()).convert(model)
+    assert all(type(layer.attention.inner_attention) is FlashMoEAttention for layer in model.layers.values())
+    assert list(model.state_dict()) == before
+    assert FlashMoEConverter.last_report.summary() == [
+        ("layers.*.attention.inner_attention", "ScaledDotProductAttentionWrapper", "FlashMoEAttention", 6)
+    ]
+
+
+def test_saves_the_operator_in_selective_checkpointing() -> None:
+    from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
+
+    FlashMoEConverter(config(), dims()).convert(build("debugmodel"))
+    assert torch.ops.flashmoe.attention_forward.default in _op_sac_save_list
+
+
+def test_stock_swaps_nothing() -> None:
+    model = build("debugmodel")
+    FlashMoEConverter(config(flashmoe={"attention": "stock"}), dims()).convert(model)
+    assert not any(isinstance(module, FlashMoEAttention) for module in model.modules())
+    assert FlashMoEConverter.last_report.rows == []
+
+
+def test_a_model_without_our_table_gets_the_defaults() -> None:
+    tables = tables_of("llama3", "debugmodel", Path("unused"))
+    del tables["flashmoe"], tables["job"]["custom_config_module"]
+    assert FlashMoEConverter(job.parse(tables), dims()).config == FlashMoE()
+
+
+@pytest.mark.parametrize(
+    "flavor, reason", [("debugmodel_flex_attn", "block mask"), ("debugmodel_varlen_attn", "packed documents")]
+)
+def test_other_attention_is_refused_with_the_reason(flavor: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        FlashMoEConverter(config(), dims()).convert(build(flavor))
+
+
+def test_refuses_context_parallelism_and_float8() -> None:
+    with pytest.raises(UsageError, match="context_parallel_degree"):
+        FlashMoEConverter(config(), dims(cp_enabled=True))
+    with pytest.raises(UsageError, match="float8"):
+        FlashMoEConverter(config(model={"converters": ["float8", "flashmoe"]}), dims())
+
+
+def test_refuses_an_unknown_choice_where_torchtitan_does_not_check() -> None:
+    with pytest.raises(UsageError, match=r"\[flashmoe\] attention must be 'flashmoe' or 'stock', found 'fast'"):
+        validate(FlashMoE(attention="fast"))
+
+
+def test_refuses_what_stock_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    selective = {"mode": "selective", "selective_ac_option": "op"}
+    job_config = config(activation_checkpoint=selective, compile={"enable": True})
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0+cpu")
+    with pytest.raises(UsageError, match=r"torch 2.13 cannot run tensor parallelism \+ compile \+ selective op"):
+        compat.check_job(job_config, dims(tp_enabled=True))
+    compat.check_job(config(activation_checkpoint=selective), dims(tp_enabled=True))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.11.0")
+    compat.check_job(job_config, dims(tp_enabled=True))
+
+
+def test_every_feature_of_versions_toml_is_known() -> None:
+    everything = config(
+        activation_checkpoint={"mode": "selective", "selective_ac_option": "op"}, compile={"enable": True}
+    )
+    known = compat.features(everything, dims(tp_enabled=True, pp_enabled=True, ep_enabled=True))
+    for entry in versions.broken("torchtitan", Version("2.13")):
+        assert set(entry["features"]) <= known
+
+
+def test_refuses_other_torchtitans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="TorchTitan is not installed: pip install"):
+        compat.check_installed()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "torchtitan" else None)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.3.0")
+    with pytest.raises(UsageError, match=r"torchtitan 0.3.0 has no model converters(?s:.*)\| torchtitan \| 0.2.2"):
+        compat.check_installed()

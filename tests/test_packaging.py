@@ -1,0 +1,25 @@
+"""A wheel, installed anywhere, brings its recipes and versions along."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_wheel_is_complete(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("flashmoe_train-*-py3-none-*.whl")
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    program = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "from flashmoe_train import recipe, versions\n"
+        "print(recipe.find('quickstart'), len(versions.tested()))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(str(site / "flashmoe_train/recipes/quickstart.toml"))

@@ -1,0 +1,65 @@
+"""Swapping classes of modules: what is replaced, what is left alone and why."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flashmoe_train.errors import UsageError
+from flashmoe_train.swap import Row, Swap, swap_modules
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def wide(module: nn.Module) -> str | None:
+    return "too wide" if module.out_features > 4 else None
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 8)))
+
+
+def test_swaps_matching_modules_in_place() -> None:
+    net = model()
+    before, x = {k: v.clone() for k, v in net.state_dict().items()}, torch.randn(3, 4)
+    wanted = 2 * net[0](x)
+    report = swap_modules(net, [Swap(nn.Linear, Doubled, wide)])
+    assert report.rows == [
+        Row("0", "Linear", "Doubled", ""),
+        Row("2.0", "Linear", "Doubled", ""),
+        Row("2.1", "Linear", None, "too wide"),
+    ]
+    assert report.summary() == [
+        ("*", "Linear", "Doubled", 1),
+        ("*.*", "Linear", "Doubled", 1),
+        ("*.*", "Linear", "left alone: too wide", 1),
+    ]
+    torch.testing.assert_close(net[0](x), wanted)
+    assert net.state_dict().keys() == before.keys()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_revert() -> None:
+    net = model()
+    swap_modules(net, [Swap(nn.Linear, Doubled)]).revert()
+    assert {type(m) for m in net.modules()} == {nn.Sequential, nn.Linear, nn.ReLU}
+
+
+def test_subclasses_are_left_alone() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4))
+    assert [row.name for row in swap_modules(net, [Swap(nn.Linear, Doubled)]).rows] == ["0"]
+
+
+def test_nothing_swapped_is_an_error() -> None:
+    with pytest.raises(UsageError, match="nothing was swapped in Sequential: it has no Linear"):
+        swap_modules(nn.Sequential(nn.ReLU()), [Swap(nn.Linear, Doubled)])
+    with pytest.raises(UsageError, match="nothing was swapped in Sequential: Linear: too wide"):
+        swap_modules(nn.Sequential(nn.Linear(4, 8)), [Swap(nn.Linear, Doubled, wide)])
+
+
+def test_replacement_must_be_a_subclass() -> None:
+    with pytest.raises(TypeError, match="ReLU must be a subclass of Linear"):
+        Swap(nn.Linear, nn.ReLU)

@@ -1,0 +1,80 @@
+"""The command line from end to end: the quickstart as the README starts it, and what is said when it cannot start."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashmoe_train import train
+
+
+def flashmoe(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flashmoe_train.cli", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def test_trains_and_reports(tmp_path: Path) -> None:
+    overrides = ("training.steps=4", "training.seq_len=64", "validation.seq_len=64", "validation.steps=1")
+    result = flashmoe("train", "quickstart", *overrides, "--processes=1", "--allow-fallback", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "outputs/quickstart"
+    summary = json.loads((run / "summary.json").read_text())
+    assert [step["step"] for step in summary["steps"]] == [1, 2, 3, 4]
+    assert summary["heldout"][-1]["step"] == 4
+    assert summary["swapped"] == [
+        {
+            "modules": "layers.*.attention.inner_attention",
+            "from": "ScaledDotProductAttentionWrapper",
+            "to": "FlashMoEAttention",
+            "count": 6,
+        }
+    ]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list(run.glob("tb/*/events.out.tfevents.*"))
+    assert "Training starts at step 1" in (run / "log_rank0.txt").read_text()
+    for text in ("What was swapped", "FlashMoEAttention", "held-out loss", "tensorboard --logdir", "loss.png", "next"):
+        assert text in result.stdout
+
+
+@pytest.mark.slow
+def test_quickstart_learns(tmp_path: Path) -> None:
+    """Below the entropy of single bytes by 0.3 nats: the model has learnt more than how frequent each byte is."""
+    result = flashmoe("train", "quickstart", "--allow-fallback", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "outputs/quickstart/summary.json").read_text())
+    wanted = summary["unigram_entropy"] - 0.3
+    last = [step["loss"] for step in summary["steps"][-10:]]
+    assert sum(last) / len(last) < wanted
+    assert summary["heldout"][-1]["loss"] < wanted
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (("quickstrat",), "did you mean 'quickstart'"),
+        (("quickstart", "steps=3"), "table.key=value"),
+        (("quickstart", "training.stepz=3"), "unknown key [training] stepz"),
+        (("quickstart", "model.flavor=debugmodel_flex_attn"), "nothing was swapped"),
+    ],
+)
+def test_mistakes_end_without_a_traceback(arguments: tuple[str, ...], text: str, tmp_path: Path) -> None:
+    result = flashmoe("train", *arguments, "--allow-fallback", folder=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and text in result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_refuses_to_train_slowly_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(train, "supports", lambda case: "no compiled attention kernel")
+    with pytest.raises(train.UsageError, match=r"no compiled attention kernel; --allow-fallback trains on PyTorch's"):
+        train.check_kernels(allow_fallback=False)
+    train.check_kernels(allow_fallback=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    train.check_kernels(allow_fallback=False)

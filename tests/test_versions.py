@@ -1,0 +1,35 @@
+"""versions.toml is the one place that says what works together: README and constraints follow it."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from flashmoe_train import versions
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_readme_shows_the_table() -> None:
+    assert versions.table() in (ROOT / "README.md").read_text()
+
+
+def test_constraints_are_a_tested_combination() -> None:
+    pinned = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    pair = {"torch": ".".join(pinned["torch"].split(".")[:2]), "version": pinned["torchtitan"]}
+    assert any(pair.items() <= entry.items() for entry in versions.tested("torchtitan"))
+
+
+def test_extra_admits_every_tested_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = {r.name: r.specifier for r in map(Requirement, project["optional-dependencies"]["torchtitan"])}
+    for entry in versions.tested("torchtitan"):
+        assert requirements["torchtitan"].contains(entry["version"])
+        assert requirements["torch"].contains(entry["torch"])
+
+
+def test_broken_combinations_belong_to_one_torch() -> None:
+    assert versions.broken("torchtitan", Version("2.13.0+cpu"))
+    assert not versions.broken("torchtitan", Version("2.11.0"))
