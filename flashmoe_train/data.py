@@ -4,6 +4,7 @@ Some 50 MB of real text that lies wherever the library runs: nothing to ship, no
 """
 
 import random
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _HELD_OUT = 20  # one file in this many is kept for validation
+_PIECE = 1000  # characters in a row of the data set
 
 
 @cache
@@ -26,11 +28,29 @@ def source_files(held_out: bool = False) -> tuple[Path, ...]:
 
 @cache
 def corpus(held_out: bool = False) -> "Dataset":
-    """A Hugging Face data set with one column, `text`, and one row per file."""
+    """A Hugging Face data set with one column, `text`: pieces of the files in a fixed random order.
+
+    Whole files in a row would make every batch of a short run a single file, and its loss that file's.
+    """
     from datasets import Dataset
 
-    texts = (path.read_text(encoding="utf-8", errors="replace") for path in source_files(held_out))
-    return Dataset.from_dict({"text": [text for text in texts if text]})
+    texts: list[str] = []
+    for path in source_files(held_out):
+        texts += _pieces(path.read_text(encoding="utf-8", errors="replace"))
+    random.Random(0).shuffle(texts)
+    return Dataset.from_dict({"text": texts})
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts a text at line ends into pieces of some `_PIECE` characters."""
+    lines: list[str] = []
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        if sum(map(len, lines)) >= _PIECE:
+            yield "".join(lines)
+            lines = []
+    if lines:
+        yield "".join(lines)
 
 
 @cache

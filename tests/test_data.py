@@ -12,7 +12,14 @@ def test_corpus_is_split_by_file() -> None:
     assert not training & held_out
     assert len(training) > 15 * len(held_out) > 0
     assert data.source_files() == data.source_files.__wrapped__()  # the same order every time
-    assert len(data.corpus(held_out=True)) > 0
+
+
+def test_corpus_is_all_of_the_text_in_pieces() -> None:
+    pieces = data.corpus(held_out=True)["text"]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in data.source_files(held_out=True)]
+    assert sum(map(len, pieces)) == sum(map(len, texts))
+    assert all(any(piece in text for text in texts) for piece in pieces[:20])
+    assert sorted(map(len, pieces))[len(pieces) // 2] < 1200
 
 
 def test_unigram_entropy() -> None:

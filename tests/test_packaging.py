@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
     program = (
-        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        # -S: without this environment's own, editable installation, but with its torch.
+        f"import sys; sys.path[:0] = {[str(site), sysconfig.get_path('purelib')]!r}\n"
         "from flashmoe_train import recipe, versions\n"
         "print(recipe.find('quickstart'), len(versions.tested()))"
     )
-    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert found.stdout.startswith(str(site / "flashmoe_train/recipes/quickstart.toml"))
