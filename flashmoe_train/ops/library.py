@@ -8,6 +8,9 @@ import torch
 
 LIBRARY = torch.library.Library("flashmoe", "DEF")
 
+# Dispatch key of a reference that runs on every device by PyTorch's own operations; a kernel for a device replaces it.
+ANY_DEVICE = "CompositeExplicitAutograd"
+
 # Operators are functional and safe under torch.compile; the compiler may not reorder the strides it hands them.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 

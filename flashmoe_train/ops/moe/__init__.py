@@ -1,0 +1,119 @@
+"""Mixture of experts: routed SwiGLU experts, forward and backward, with the gather before and the combine after them.
+
+    out[t] = Σ_k weights[t, k] · W2[e] (silu(W1[e] x[t]) · W3[e] x[t]),    e = ids[t, k]
+
+Shape legend:
+
+    T tokens    K experts per token    E experts    d model dim    n hidden dim of an expert    R = T · K rows
+
+The rows that an expert computes lie side by side: *row* r holds *slot* `row_slot[r]` = token · K + k, and slot (t, k)
+is computed in row `slot_row[t, k]`; expert e owns rows `offsets[e]:offsets[e + 1]`. An id outside `0 <= id < E` skips
+its slot. Nothing depends on the routing's values on the host: shapes follow from T and K alone, there is no sync.
+
+Method: token-choice routing (Shazeer et al., 2017, arXiv:1701.06538); the six grouped products of forward and backward
+with nothing recomputed and no saved copy of the gathered tokens as in SonicMoE (Guo et al., 2025, arXiv:2512.14080).
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashmoe_train.ops.library import has_kernel
+from flashmoe_train.ops.moe import fallback
+from flashmoe_train.ops.moe.experts import moe_forward
+from flashmoe_train.ops.moe.plan import RoutePlan, route_plan
+from flashmoe_train.ops.moe.router import Routing, router_topk
+from flashmoe_train.ops.moe.rows import moe_combine, moe_permute
+
+__all__ = [
+    "MoECase",
+    "RoutePlan",
+    "Routing",
+    "ScoreMode",
+    "moe",
+    "moe_combine",
+    "moe_permute",
+    "moe_rows",
+    "route_plan",
+    "router_topk",
+    "supports",
+]
+
+ScoreMode = Literal["combine", "activation"]
+
+
+def moe(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    score_mode: ScoreMode = "combine",
+) -> Tensor:
+    """Routed SwiGLU experts over tokens, with gradients for x, the experts' weights and the router's weights.
+
+    Args:
+        x: tokens `[T, d]`, floating point, last dimension contiguous.
+        w1: gate projections `[E, n, d]`, in x's dtype and on its device, like w2 and w3.
+        w2: down projections `[E, d, n]`.
+        w3: up projections `[E, n, d]`.
+        ids: experts of each token `[T, K]`, int32 or int64; ids outside `0 <= id < E` are skipped.
+        weights: router weights `[T, K]`, float32.
+        score_mode: where the router weight multiplies: "combine", the expert's output in float32 (TorchTitan's
+            convention), or "activation", the hidden activation (Megatron's). The same function, rounded elsewhere.
+
+    Returns:
+        `[T, d]` in x's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or stride; the message names it.
+
+    Runs `torch.ops.flashmoe.moe_forward` where that has an implementation for the case (`supports`), otherwise
+    PyTorch's grouped matrix products around the same plan.
+    """
+    plan = route_plan(ids, w1.shape[0])
+    if supports(MoECase.of(x)) is None:
+        return moe_forward(x, w1, w2, w3, weights, plan.offsets, plan.row_slot, plan.slot_row, score_mode)[0]
+    return fallback.moe(x, w1, w2, w3, weights, plan, score_mode)
+
+
+def moe_rows(
+    rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offsets: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """The experts alone, on rows that are sorted by expert already: what an exchange between processes delivers.
+
+    Args:
+        rows: `[R, d]`; expert e owns rows `offsets[e]:offsets[e + 1]`, rows from `offsets[E]` on belong to nobody.
+        w1, w2, w3: as in `moe`.
+        offsets: int32 `[E + 1]`, not decreasing, from 0 to at most R.
+        weights: float32 `[R]`, multiplies the hidden activation of each row (score_mode "activation").
+
+    Returns:
+        `[R, d]` in the dtype of rows; zeros in rows that belong to nobody.
+    """
+    if supports(MoECase.of(rows)) is None:
+        return moe_forward(rows, w1, w2, w3, weights, offsets, None, None, "activation")[0]
+    return fallback.moe_rows(rows, w1, w2, w3, offsets, weights)
+
+
+class MoECase(NamedTuple):
+    """What decides whether the operator has an implementation."""
+
+    device_type: str
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> "MoECase":
+        return cls(x.device.type, x.dtype)
+
+
+def supports(case: MoECase) -> str | None:
+    """None if `torch.ops.flashmoe.moe_*` can run the case, else the reason why not."""
+    if case.device_type in ("cpu", "meta"):
+        return None
+    if not has_kernel("moe_forward", case.device_type):
+        return f"this installation has no compiled mixture-of-experts kernel for device type {case.device_type!r}"
+    return None

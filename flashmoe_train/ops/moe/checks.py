@@ -1,0 +1,114 @@
+"""What the mixture-of-experts operators accept: everything else is an error that names the argument."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SCORE_MODES = ("combine", "activation")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums and of the router weights' products."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_matrix(name: str, x: Tensor) -> None:
+    """Raises unless `x` is a floating-point matrix with a contiguous last dimension."""
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions, found {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, found {x.dtype}")
+    check_contiguous(name, x)
+
+
+def check_contiguous(name: str, x: Tensor) -> None:
+    """Raises unless the last dimension of `x` is contiguous."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{name} must have a contiguous last dimension, found strides {tuple(x.stride())}")
+
+
+def check_indices(name: str, x: Tensor, rank: int, device: torch.device) -> None:
+    """Raises unless `x` is an int32 tensor of `rank` dimensions on `device`."""
+    if x.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimension{'s' * (rank > 1)}, found {list(x.shape)}")
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, found {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device}, found {x.device}")
+
+
+def check_weights(weights: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """Raises unless `weights` are float32 (float64 beside float64 rows) of `shape` on `device`."""
+    if list(weights.shape) != list(shape):
+        raise ValueError(f"weights must be {list(shape)}, found {list(weights.shape)}")
+    if weights.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"weights must be float32, found {weights.dtype}")
+    if weights.device != device:
+        raise ValueError(f"weights must be on {device}, found {weights.device}")
+
+
+def check(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    weights: Tensor | None,
+    offsets: Tensor,
+    row_slot: Tensor | None,
+    slot_row: Tensor | None,
+    score_mode: str,
+    dout: Tensor | None = None,
+    h: Tensor | None = None,
+) -> int:
+    """Checks the arguments of `moe_forward`, and of `moe_backward` if `dout` and `h` are given; returns R."""
+    check_matrix("x", x)
+    if w1.dim() != 3:
+        raise ValueError(f"w1 must be [experts, hidden dim, model dim], found {list(w1.shape)}")
+    experts, hidden, model = w1.shape
+    for name, w, shape in (
+        ("w1", w1, (experts, hidden, x.shape[1])),
+        ("w2", w2, (experts, model, hidden)),
+        ("w3", w3, (experts, hidden, model)),
+    ):
+        if tuple(w.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)}, found {list(w.shape)}")
+        if w.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, found {w.dtype}")
+        if w.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, found {w.device}")
+        check_contiguous(name, w)
+    check_indices("offsets", offsets, 1, x.device)
+    if offsets.shape[0] != experts + 1:
+        raise ValueError(f"offsets must be [experts + 1] = [{experts + 1}], found {list(offsets.shape)}")
+    if score_mode not in SCORE_MODES:
+        raise ValueError(f"score_mode must be one of {SCORE_MODES}, found {score_mode!r}")
+    rows = _check_plan(x, weights, row_slot, slot_row, score_mode)
+    for name, tensor, wanted in (("dout", dout, (x.shape[0], model)), ("h", h, (rows, 2 * hidden))):
+        if tensor is not None:
+            check_matrix(name, tensor)
+            if tuple(tensor.shape) != wanted:
+                raise ValueError(f"{name} must be {list(wanted)}, found {list(tensor.shape)}")
+            if tensor.dtype != x.dtype:
+                raise TypeError(f"{name} must have x's dtype {x.dtype}, found {tensor.dtype}")
+    return rows
+
+
+def _check_plan(
+    x: Tensor, weights: Tensor | None, row_slot: Tensor | None, slot_row: Tensor | None, score_mode: str
+) -> int:
+    if (row_slot is None) != (slot_row is None):
+        raise ValueError("row_slot and slot_row must be given together")
+    if row_slot is None or slot_row is None:
+        if weights is not None:
+            check_weights(weights, x.shape[:1], x.device)
+            if score_mode != "activation":
+                raise ValueError("weights of rows multiply the activation: score_mode must be 'activation'")
+        return x.shape[0]
+    check_indices("row_slot", row_slot, 1, x.device)
+    check_indices("slot_row", slot_row, 2, x.device)
+    if slot_row.shape[0] != x.shape[0]:
+        raise ValueError(f"slot_row must have a row per token of x, found {list(slot_row.shape)} and {list(x.shape)}")
+    if weights is not None:
+        check_weights(weights, slot_row.shape, x.device)
+    return row_slot.shape[0]

@@ -1,0 +1,56 @@
+"""The experts by PyTorch's grouped matrix products, for GPUs and cases that have none of our kernels.
+
+Autograd is PyTorch's own. There is no host sync and no padding: `grouped_mm` reads the offsets on the device.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashmoe_train.ops.moe.checks import check
+from flashmoe_train.ops.moe.plan import RoutePlan
+from flashmoe_train.ops.moe.rows import moe_combine, moe_permute
+
+_ALIGNMENT = 8  # elements: 16 bytes of the 2-byte types
+
+
+def moe(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weights: Tensor, plan: RoutePlan, score_mode: str) -> Tensor:
+    """`flashmoe_train.ops.moe.moe` for a given plan."""
+    check(x, w1, w2, w3, weights, plan.offsets, plan.row_slot, plan.slot_row, score_mode)
+    rows = moe_permute(x, plan.row_slot, plan.slot_row)
+    if score_mode == "combine":
+        return moe_combine(_experts(rows, w1, w2, w3, plan.offsets, None), plan.slot_row, weights)
+    row_weight = moe_permute(weights.reshape(-1, 1), plan.row_slot, plan.slot_row.reshape(-1, 1)).squeeze(1)
+    return moe_combine(_experts(rows, w1, w2, w3, plan.offsets, row_weight), plan.slot_row, None)
+
+
+def moe_rows(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    """`flashmoe_train.ops.moe.moe_rows`."""
+    check(rows, w1, w2, w3, weights, offsets, None, None, "activation")
+    return _experts(rows, w1, w2, w3, offsets, weights)
+
+
+def _experts(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offsets: Tensor, row_weight: Tensor | None) -> Tensor:
+    # grouped_mm leaves rows that belong to nobody unwritten, in gradients too: each product is masked.
+    belongs = (torch.arange(rows.shape[0], device=rows.device) < offsets[-1])[:, None]
+    ends = offsets[1:]
+    dim = rows.shape[1]
+    rows, w1, w2, w3 = _aligned(rows, w1, w2, w3)
+
+    def product(a: Tensor, w: Tensor) -> Tensor:
+        return torch.where(belongs, F.grouped_mm(torch.where(belongs, a, 0), w.transpose(1, 2), offs=ends), 0)
+
+    activation = F.silu(product(rows, w1)) * product(rows, w3)
+    if row_weight is not None:
+        activation = (activation * row_weight[:, None]).to(rows.dtype)
+    return product(activation, w2)[:, :dim]
+
+
+def _aligned(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grouped_mm wants rows of a multiple of 16 bytes: pads d and n with zeros, which change no product."""
+    _, hidden, dim = w1.shape
+    pad_d, pad_n = -dim % _ALIGNMENT, -hidden % _ALIGNMENT
+    if pad_d == pad_n == 0:
+        return rows, w1, w2, w3
+    w1, w3 = (F.pad(w, (0, pad_d, 0, pad_n)) for w in (w1, w3))
+    return F.pad(rows, (0, pad_d)), w1, F.pad(w2, (0, pad_n, 0, pad_d)), w3

@@ -1,0 +1,79 @@
+"""Inputs and the oracle of the mixture-of-experts tests.
+
+The oracle gathers every slot's own expert weights and sums in float64, gradients by autograd: no sorting, no rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    tokens: int = 23
+    dim: int = 16
+    hidden: int = 12
+    experts: int = 5
+    top_k: int = 2
+    routing: str = "random"  # random | one (all slots to expert 1) | even | skipped (some ids out of range) | duplicate
+    score_mode: str = "combine"
+
+    def __str__(self) -> str:
+        changed = {k: v for k, v in self.__dict__.items() if v != type(self).__dataclass_fields__[k].default}
+        return " ".join(f"{k}={v}" for k, v in changed.items()) or "default"
+
+    def ids(self, device: str = "cpu") -> Tensor:
+        shape = (self.tokens, self.top_k)
+        if self.routing == "one":
+            ids = torch.full(shape, min(1, self.experts - 1))
+        elif self.routing == "even":
+            ids = torch.arange(self.tokens * self.top_k).view(shape) % self.experts
+        elif self.routing == "duplicate":
+            ids = torch.randint(self.experts, (self.tokens, 1)).expand(shape)
+        elif self.routing == "skipped":
+            ids = torch.randint(-2, self.experts + 2, shape)
+        else:
+            ids = torch.rand(self.tokens, self.experts).argsort(1)[:, : self.top_k]
+        return ids.to(torch.int32).to(device)
+
+    def tensors(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, ...]:
+        """x, w1, w2, w3, weights with gradients required."""
+        e, n, d = self.experts, self.hidden, self.dim
+        shapes = ((self.tokens, d), (e, n, d), (e, d, n), (e, n, d))
+        tensors = [torch.randn(s, dtype=torch.float64) * (s[-1] ** -0.5 if len(s) > 2 else 1) for s in shapes]
+        tensors = [x.to(dtype).to(device).requires_grad_() for x in tensors]
+        weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        weights = torch.rand(self.tokens, self.top_k, dtype=weights_dtype).to(device).requires_grad_()
+        return (*tensors, weights)
+
+
+def oracle(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    """out [T, d] in float64 on the CPU, differentiable."""
+    x, w1, w2, w3, weights = (t.to("cpu", torch.float64) for t in (x, w1, w2, w3, weights))
+    ids = ids.cpu().long()
+    used = (ids >= 0) & (ids < w1.shape[0])
+    own = torch.where(used, ids, 0)
+    gate, up = (torch.einsum("td,tknd->tkn", x, w[own]) for w in (w1, w3))
+    y = torch.einsum("tkn,tkdn->tkd", F.silu(gate) * up, w2[own])
+    return (y * torch.where(used, weights, 0.0)[:, :, None]).sum(1)
+
+
+CASES = [
+    Case(),
+    Case(score_mode="activation"),
+    Case(tokens=0),
+    Case(tokens=1),
+    Case(top_k=1),
+    Case(top_k=5),  # every expert for every token
+    Case(experts=1, top_k=1),
+    Case(experts=64, top_k=8, tokens=40),  # many experts without a token
+    Case(routing="one"),
+    Case(routing="one", score_mode="activation"),
+    Case(routing="even"),
+    Case(routing="duplicate", top_k=3),
+    Case(routing="skipped"),
+    Case(routing="skipped", score_mode="activation"),
+    Case(tokens=129, dim=24, hidden=40),
+]
