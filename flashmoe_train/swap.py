@@ -52,6 +52,11 @@ class Report:
         )
         return [(*key, n) for key, n in counts.items()]
 
+    def __iadd__(self, other: "Report") -> "Report":
+        self.rows += other.rows
+        self._swapped += other._swapped
+        return self
+
     def revert(self) -> None:
         """Gives every module its own class back."""
         while self._swapped:
@@ -59,10 +64,11 @@ class Report:
             module.__class__ = original
 
 
-def swap_modules(model: nn.Module, swaps: Sequence[Swap]) -> Report:
+def swap_modules(model: nn.Module, swaps: Sequence[Swap], *, optional: bool = False) -> Report:
     """Applies `swaps` to every module of `model`, in place.
 
-    Raises UsageError if not a single module could be swapped: who asks for a swap must not train without it.
+    Raises UsageError if not a single module could be swapped: who asks for a swap must not train without it. A model
+    that has no such modules at all is accepted if the swap is `optional`.
     """
     by_target = {swap.target: swap for swap in swaps}
     report = Report()
@@ -77,7 +83,7 @@ def swap_modules(model: nn.Module, swaps: Sequence[Swap]) -> Report:
             report.rows.append(Row(name, swap.target.__name__, swap.replacement.__name__, ""))
         else:
             report.rows.append(Row(name, swap.target.__name__, None, reason or "no replacement"))
-    if not report._swapped:
+    if not report._swapped and (report.rows or not optional):
         looked_for = ", ".join(sorted(target.__name__ for target in by_target))
         left = "; ".join(sorted({f"{row.found}: {row.reason}" for row in report.rows}))
         raise UsageError(f"nothing was swapped in {type(model).__name__}: {left or f'it has no {looked_for}'}")

@@ -14,4 +14,6 @@ compat.check_installed()
 from flashmoe_train.integrations.torchtitan import converter, datasets  # noqa: E402, F401  (they register themselves)
 from flashmoe_train.integrations.torchtitan.config import JobConfig  # noqa: E402
 
+cpu.adjust_torchtitan()
+
 __all__ = ["JobConfig"]

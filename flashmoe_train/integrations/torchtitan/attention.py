@@ -1,19 +1,26 @@
-"""TorchTitan's attention modules on `flashmoe_train.attention`."""
+"""TorchTitan's attention modules on `flashmoe_train.attention`.
+
+They take q `[B, H, S, D]`, k `[B, G, S, D]` and v `[B, G, S, V]`, which are views of `[B, S, heads, dim]`: transposing
+them back costs nothing. qwen3 under tensor parallelism hands over DTensors and relies on the operator's sharding rule.
+"""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.models.attention import (
     FlexAttentionWrapper,
     ScaledDotProductAttentionWrapper,
     VarlenAttentionWrapper,
+    VarlenMetadata,
 )
 
+from flashmoe_train.integrations.torchtitan.documents import DocumentMask, with_document_masks
 from flashmoe_train.ops.attention import attention
 from flashmoe_train.swap import Swap
 
 
 class FlashMoEAttention(ScaledDotProductAttentionWrapper):
-    """q `[B, H, S, D]`, k `[B, G, T, D]`, v `[B, G, T, V]` in, `[B, H, S, V]` out."""
+    """In place of scaled_dot_product_attention: causal or full."""
 
     def forward(
         self,
@@ -25,32 +32,80 @@ class FlashMoEAttention(ScaledDotProductAttentionWrapper):
         enable_gqa: bool = False,
         is_causal: bool = True,
     ) -> Tensor:
-        # SDPA casts under autocast; so do we, since rotary embeddings may leave q and k wider than v.
-        if torch.is_autocast_enabled(q.device.type):
-            dtype = torch.get_autocast_dtype(q.device.type)
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in _autocast(q, k, v))
         return attention(q, k, v, causal=is_causal, softmax_scale=scale).transpose(1, 2)
 
 
-SWAPS = [
-    Swap(ScaledDotProductAttentionWrapper, FlashMoEAttention),
-    Swap(FlexAttentionWrapper, None, lambda module: "attention under a block mask is not supported yet"),
-    Swap(VarlenAttentionWrapper, None, lambda module: "attention over packed documents is not supported yet"),
-]
+class FlashMoEDocumentAttention(FlexAttentionWrapper):
+    """In place of flex attention: causal, within documents if the mask has any."""
+
+    def forward(  # type: ignore[override]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        block_mask: DocumentMask,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if block_mask.documents is not None:
+            out = _within_documents(q, k, v, block_mask.documents, scale)
+            return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in _autocast(q, k, v))
+        return attention(q, k, v, causal=True, softmax_scale=scale).transpose(1, 2)
 
 
-def save_in_selective_checkpointing(model_name: str) -> bool:
-    """Adds the operator to the outputs that the model's selective activation checkpointing keeps.
+class FlashMoEVarlenAttention(VarlenAttentionWrapper):
+    """In place of varlen_attn: causal within documents, `[B · S, H, V]` out."""
 
-    Returns whether the model has such a list; it is a module-level set in `torchtitan.models.<name>.infra.parallelize`.
-    """
-    import importlib
+    def forward(
+        self, xq: Tensor, xk: Tensor, xv: Tensor, attention_masks: VarlenMetadata, scale: float | None = None
+    ) -> Tensor:
+        return _within_documents(xq, xk, xv, attention_masks, scale)
 
-    try:
-        module = importlib.import_module(f"torchtitan.models.{model_name}.infra.parallelize")
-        save_list = module._op_sac_save_list
-    except (ModuleNotFoundError, AttributeError):
-        return False
-    save_list.add(torch.ops.flashmoe.attention_forward.default)
-    return True
+
+def _within_documents(q: Tensor, k: Tensor, v: Tensor, documents: VarlenMetadata, scale: float | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in _autocast(q, k, v))
+    cu_seqlens = documents.cu_seq_q
+    if isinstance(q, DTensor):
+        everywhere = [Replicate()] * q.device_mesh.ndim
+        cu_seqlens = DTensor.from_local(cu_seqlens, q.device_mesh, everywhere, run_check=False)
+    return attention(q, k, v, causal=True, softmax_scale=scale, cu_seqlens_q=cu_seqlens)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """SDPA casts under autocast; so do we, since rotary embeddings may leave q and k wider than v."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def swaps(model: nn.Module) -> list[Swap]:
+    """Whatever attention the model's configuration chose. A flex model also has to hand out our masks."""
+    masked = with_document_masks(type(model)) if _masks_are_documents(model) else None
+
+    def other_masks(module: nn.Module) -> str | None:
+        return None if masked else "its masks are neither causal nor document masks"
+
+    found = [
+        Swap(ScaledDotProductAttentionWrapper, FlashMoEAttention),
+        Swap(VarlenAttentionWrapper, FlashMoEVarlenAttention),
+        Swap(FlexAttentionWrapper, FlashMoEDocumentAttention, other_masks),
+    ]
+    return [*found, Swap(type(model), masked)] if masked else found
+
+
+def _masks_are_documents(model: nn.Module) -> bool:
+    arguments = getattr(model, "model_args", None)
+    family = type(model).__module__.removeprefix("torchtitan.models.").split(".")[0]
+    return (
+        family in ("llama3", "deepseek_v3", "qwen3")
+        and getattr(arguments, "attn_type", None) == "flex"
+        and getattr(arguments, "attn_mask_type", None) in ("causal", "block_causal")
+    )
+
+
+OPERATORS = [torch.ops.flashmoe.attention_forward.default]

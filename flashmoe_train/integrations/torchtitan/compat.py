@@ -26,6 +26,8 @@ def check_job(job_config: Any, parallel_dims: Any) -> None:
     """Raises UsageError for a job that stock TorchTitan or this swap is known not to run."""
     if parallel_dims.cp_enabled:
         raise UsageError("context_parallel_degree > 1 is not supported with swapped attention; set it to 1")
+    if parallel_dims.pp_enabled and getattr(_model_args(job_config), "attn_type", "sdpa") != "sdpa":
+        raise UsageError("pipeline parallelism cannot split document masks into microbatches; choose one of the two")
     if "float8" in " ".join(job_config.model.converters):
         raise UsageError("converter 'flashmoe' does not work beside float8 converters; leave one of them out")
     for entry in versions.broken("torchtitan", Version(importlib.metadata.version("torch"))):
@@ -33,6 +35,12 @@ def check_job(job_config: Any, parallel_dims: Any) -> None:
             pair = f"torchtitan {entry['version']} with torch {entry['torch']}"
             what = " + ".join(entry["features"])
             raise UsageError(f"{pair} cannot run {what}: {entry['why']}. {entry['instead']}")
+
+
+def _model_args(job_config: Any) -> Any:
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    return get_train_spec(job_config.model.name).model_args[job_config.model.flavor]
 
 
 def features(job_config: Any, parallel_dims: Any) -> set[str]:

@@ -13,6 +13,9 @@ class FlashMoE:
     attention: Choice = "flashmoe"
     """Whose attention runs: "flashmoe" or TorchTitan's own, "stock"."""
 
+    moe: Choice = "flashmoe"
+    """Whose gather, experts and combine run in mixture-of-experts blocks; no effect on dense models."""
+
 
 @dataclass
 class JobConfig:

@@ -1,14 +1,17 @@
 """The model converter "flashmoe": TorchTitan calls it on the model on the meta device, before any parallelism."""
 
+import importlib
+
+import torch
 from torch import nn
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.tools.logging import logger
 
-from flashmoe_train.integrations.torchtitan import attention, compat
+from flashmoe_train.integrations.torchtitan import attention, compat, moe
 from flashmoe_train.integrations.torchtitan.config import FlashMoE, validate
-from flashmoe_train.swap import Report, Swap, swap_modules
+from flashmoe_train.swap import Report, swap_modules
 
 
 class FlashMoEConverter:
@@ -24,17 +27,25 @@ class FlashMoEConverter:
         self.model_name = job_config.model.name
 
     def convert(self, model: nn.Module) -> None:
-        swaps: list[Swap] = []
+        report = Report()
         if self.config.attention == "flashmoe":
-            swaps += attention.SWAPS
-            if not attention.save_in_selective_checkpointing(self.model_name):
-                logger.warning(
-                    f"flashmoe: {self.model_name} has no list of operators to save in selective checkpointing"
-                )
-        report = swap_modules(model, swaps) if swaps else Report()
+            report += swap_modules(model, attention.swaps(model))
+            self._save_in_selective_checkpointing(attention.OPERATORS)
+        if self.config.moe == "flashmoe":
+            report += swap_modules(model, moe.swaps(model), optional=True)  # a dense model has none
+            self._save_in_selective_checkpointing(moe.OPERATORS)
         for modules, found, became, count in report.summary():
             logger.info(f"flashmoe: {count} × {modules}: {found} -> {became}")
         FlashMoEConverter.last_report = report
+
+    def _save_in_selective_checkpointing(self, operators: list[torch._ops.OpOverload]) -> None:
+        """Adds operators to those whose outputs the model's selective activation checkpointing keeps, a module-level
+        set in `torchtitan.models.<name>.infra.parallelize`."""
+        try:
+            module = importlib.import_module(f"torchtitan.models.{self.model_name}.infra.parallelize")
+            module._op_sac_save_list.update(operators)
+        except (ModuleNotFoundError, AttributeError):
+            logger.warning(f"flashmoe: {self.model_name} has no list of operators to save in selective checkpointing")
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Part of TorchTitan's converter protocol; there is nothing to do."""

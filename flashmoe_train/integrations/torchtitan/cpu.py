@@ -20,6 +20,7 @@ def apply() -> None:
     apply.done = True  # type: ignore[attr-defined]
     _find_cpu()
     _device_functions()
+    _histc()
     _gloo()
 
 
@@ -47,6 +48,28 @@ def _physical_memory() -> int:
     import os
 
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _histc() -> None:
+    # TorchTitan's router counts its integer ids with histc, which has no integer kernel on the CPU.
+    histc = torch.histc
+
+    def histc_of_integers(x: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0) -> torch.Tensor:
+        if x.is_floating_point() or x.device.type != "cpu":
+            return histc(x, bins=bins, min=min, max=max)
+        return torch.zeros(bins, dtype=x.dtype).scatter_add(0, x, torch.ones_like(x))  # a static shape under compile
+
+    torch.histc = histc_of_integers  # type: ignore[assignment]
+
+
+def adjust_torchtitan() -> None:
+    """What has to be adjusted in TorchTitan itself, once it is imported."""
+    if torch.cuda.is_available():
+        return
+    # The permutation of expert parallelism is a Triton kernel; TorchTitan ships a twin for the CPU.
+    from torchtitan.models.moe import kernels
+
+    kernels.fill_indices_wrapper = lambda *args, **kwargs: kernels.fill_indices_cpu(*args[:6])
 
 
 def _gloo() -> None:

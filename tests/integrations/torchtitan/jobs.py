@@ -29,7 +29,7 @@ def tables_of(model: str, flavor: str, folder: Path) -> dict[str, Any]:
             "hf_assets_path": str(folder.parent / "byte_tokenizer"),
             "converters": ["flashmoe"],
         },
-        "flashmoe": {"attention": "flashmoe"},
+        "flashmoe": {"attention": "flashmoe", "moe": "flashmoe"},
         "training": {
             "dataset": "torch_sources",
             "seq_len": 64,
@@ -73,7 +73,7 @@ def train(tables: dict[str, Any], overrides: list[str], root: Path) -> list[floa
 def write_seed_checkpoint(tables: dict[str, Any], root: Path) -> None:
     """Written by stock TorchTitan, so that loading it under a swap shows that the state dict is unchanged."""
     tables = copy.deepcopy(tables)
-    tables["flashmoe"]["attention"] = "stock"
+    tables["flashmoe"] = {"attention": "stock", "moe": "stock"}
     tables["job"]["dump_folder"] = str(root / "seed")
     tables["checkpoint"] = {"enable": True, "create_seed_checkpoint": True}
     data.write_byte_tokenizer(root / "byte_tokenizer")
@@ -86,10 +86,10 @@ def stock_and_swapped(tables: dict[str, Any], layouts: dict[str, list[str]], roo
     """Trains every layout with stock and with swapped modules; the process that logs writes `losses.json`."""
     losses: dict[str, dict[str, list[float]]] = {}
     for layout, overrides in layouts.items():
-        for attention in ("stock", "flashmoe"):
-            result = train(tables, [*overrides, f"flashmoe.attention={attention}"], root)
+        for choice in ("stock", "flashmoe"):
+            result = train(tables, [*overrides, f"flashmoe.attention={choice}", f"flashmoe.moe={choice}"], root)
             if result is not None:
-                losses.setdefault(layout, {})[attention] = result
+                losses.setdefault(layout, {})[choice] = result
     if losses:
         path = root / f"losses{dist.get_rank()}.json"
         path.write_text(json.dumps(losses))
