@@ -25,7 +25,7 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     processes: Annotated[
-        int | None, typer.Option(help="Processes on this machine; default: one per GPU, or 1.", min=1)
+        int | None, typer.Option(help="Processes on this machine; default: one per GPU, 2 without a GPU.", min=1)
     ] = None,
     allow_fallback: AllowFallback = False,
 ) -> None:
@@ -35,7 +35,8 @@ def train(
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    processes = processes or max(1, torch.cuda.device_count())
+    # Without a GPU speed is not the point: two processes show what several GPUs will do.
+    processes = processes or torch.cuda.device_count() or 2
     # torchrun would set one thread for each of several processes: share the cores out instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     _torchrun(

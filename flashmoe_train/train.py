@@ -39,7 +39,11 @@ def train(recipe: str, overrides: list[str], allow_fallback: bool) -> None:
 
 
 def with_defaults(job: dict[str, Any]) -> dict[str, Any]:
-    """TorchTitan's defaults name files of its own repository and GPU settings; these run anywhere."""
+    """TorchTitan's defaults name files of its own repository and GPU settings; these run anywhere. And -1 stands for
+    all processes in the degree of expert parallelism too."""
+    parallelism = job.get("parallelism", {})
+    if parallelism.get("expert_parallel_degree") == -1:
+        parallelism["expert_parallel_degree"] = int(os.environ["WORLD_SIZE"])
     job.setdefault("model", {}).setdefault("hf_assets_path", "bytes")
     training = job.setdefault("training", {})
     training.setdefault("dataset", "torch_sources")

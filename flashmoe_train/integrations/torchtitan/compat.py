@@ -1,5 +1,6 @@
 """Which TorchTitan this is, and what it cannot do: combinations known to break are refused by name."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 from typing import Any
@@ -54,3 +55,27 @@ def features(job_config: Any, parallel_dims: Any) -> set[str]:
         "selective op checkpointing": checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op",
     }
     return {name for name, on in used.items() if on}
+
+
+def provide_validator(job_config: Any) -> None:
+    """Lets `[validation]` work for models that TorchTitan gives no validator (deepseek_v3): it is the same for all."""
+    from torchtitan.components.validate import build_validator
+    from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
+
+    name = job_config.model.name
+    spec = get_train_spec(name)
+    if job_config.validation.enable and spec.build_validator_fn is None:
+        register_train_spec(name, dataclasses.replace(spec, build_validator_fn=build_validator))
+
+
+def ask_for_no_masks(trainer: Any) -> None:
+    """TorchTitan's validator asks every model for attention masks and takes a TypeError for "I need none"; deepseek_v3
+    builds masks even for the attention that accepts none. Training asks only where the configuration has masks."""
+    if getattr(trainer.model_args, "attn_type", "sdpa") != "sdpa":
+        return
+
+    def no_masks(*args: Any, **kwargs: Any) -> None:
+        raise TypeError("this attention takes no masks")
+
+    for model in trainer.model_parts:
+        model.get_attention_masks = no_masks

@@ -11,7 +11,7 @@ from torchtitan.config import JobConfig
 from torchtitan.train import Trainer
 
 from flashmoe_train import data
-from flashmoe_train.integrations.torchtitan import job
+from flashmoe_train.integrations.torchtitan import compat, job
 from flashmoe_train.integrations.torchtitan.converter import FlashMoEConverter
 from flashmoe_train.monitor import Monitor, Step
 from flashmoe_train.swap import Report
@@ -59,7 +59,9 @@ class MonitoredTrainer(Trainer):
     monitor: Monitor | None = None
 
     def __init__(self, job_config: JobConfig) -> None:
+        compat.provide_validator(job_config)
         super().__init__(job_config)
+        compat.ask_for_no_masks(self)
         metrics = self.metrics_processor
         if type(metrics.logger) is not BaseLogger:  # TorchTitan gives the other processes the one that does nothing
             model, training = job_config.model, job_config.training

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from flashmoe_train.ops.attention.checks import check
 
@@ -18,30 +19,82 @@ def fallback(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> Tensor:
-    """The same function by PyTorch's scaled_dot_product_attention, for GPUs and cases without a kernel of ours.
+    """The same function by PyTorch's kernels, for GPUs and cases without a kernel of ours.
 
-    Full and square causal attention take PyTorch's fused kernels, cuDNN's first; windows, documents and rectangular
-    causal attention need a dense boolean mask `[S, T]`.
+    Full and square causal attention run scaled_dot_product_attention, cuDNN's kernel first; documents on a GPU run
+    varlen_attn. Everything else (windows, rectangular causal attention) needs a dense boolean mask `[S, T]`.
     """
     heads, groups = check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    band = (window_left, window_right)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None and _varlen_takes(q, v):
+        return _packed(q, k, v, softmax_scale, band, cu_seqlens_q, cu_seqlens_k)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    length_q, length_k = q.shape[2], k.shape[2]
-    full = cu_seqlens_q is None and window_left < 0 and window_right < 0
-    causal = cu_seqlens_q is None and window_left < 0 and window_right == 0 and length_q == length_k
-    fused = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(fused, set_priority=True):
-        if full or causal:
+    square = q.shape[2] == k.shape[2]
+    if cu_seqlens_q is None and (band == (-1, -1) or (band == (-1, 0) and square)):
+        # The fused kernels fail on empty tensors.
+        kernels = _FUSED if q.numel() and k.numel() else [SDPBackend.MATH]
+        with sdpa_kernel(kernels, set_priority=True):
             out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=heads != groups
+                q, k, v, is_causal=band == (-1, 0), scale=softmax_scale, enable_gqa=heads != groups
             )
-        else:
-            visible = _visible(q, length_q, length_k, window_left, window_right, cu_seqlens_q, cu_seqlens_k)
-            k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
-            # SDPA's kernels disagree on rows that see nothing: let such a row see everything, then zero its output.
-            seeing = visible.any(-1, keepdim=True)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~seeing, scale=softmax_scale)
-            out = out.masked_fill(~seeing, 0.0)
-    return out.transpose(1, 2)
+        return out.transpose(1, 2)
+    visible = _visible(q, q.shape[2], k.shape[2], window_left, window_right, cu_seqlens_q, cu_seqlens_k)
+    k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
+    # SDPA's kernels disagree on rows that see nothing: let such a row see everything, then zero its output.
+    seeing = visible.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~seeing, scale=softmax_scale)
+    return out.masked_fill(~seeing, 0.0).transpose(1, 2)
+
+
+_FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _varlen_takes(q: Tensor, v: Tensor) -> bool:
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and max(q.shape[3], v.shape[3]) <= 256
+        and q.numel() > 0
+        and v.numel() > 0
+    )
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    band: tuple[int, int],
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+) -> Tensor:
+    """Documents by varlen_attn, which wants equal heads and dims (a multiple of 8) and writes nothing, gradients
+    included, in rows of no document: those are masked on both sides."""
+    heads, dim_v = q.shape[2], v.shape[3]
+    width = -max(q.shape[3], dim_v) % 8 + max(q.shape[3], dim_v)
+
+    def rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        x = x.squeeze(0).repeat_interleave(heads // x.shape[2], dim=1)
+        return torch.where(_in_document(x, cu_seqlens), F.pad(x, (0, width - x.shape[2])), 0.0)
+
+    out = varlen_attn(
+        rows(q, cu_seqlens_q),
+        rows(k, cu_seqlens_k),
+        rows(v, cu_seqlens_k),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q.shape[1],  # the longest document may be as long as all: reading its length would wait for the device
+        k.shape[1],
+        scale=softmax_scale,
+        window_size=band,
+    )
+    assert isinstance(out, Tensor)
+    return torch.where(_in_document(out, cu_seqlens_q), out, 0.0)[None, ..., :dim_v]
+
+
+def _in_document(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[S, 1, 1]: the rows of x that lie before the end of the last document."""
+    return (torch.arange(x.shape[0], device=x.device) < cu_seqlens[-1])[:, None, None]
 
 
 def _visible(

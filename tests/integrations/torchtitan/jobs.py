@@ -70,8 +70,9 @@ def train(tables: dict[str, Any], overrides: list[str], root: Path) -> list[floa
     return recorder.losses if logs else None
 
 
-def write_seed_checkpoint(tables: dict[str, Any], root: Path) -> None:
+def write_seed_checkpoint(tables: dict[str, Any], layers: int, root: Path) -> None:
     """Written by stock TorchTitan, so that loading it under a swap shows that the state dict is unchanged."""
+    _prepare_flavor(tables, layers)
     tables = copy.deepcopy(tables)
     tables["flashmoe"] = {"attention": "stock", "moe": "stock"}
     tables["job"]["dump_folder"] = str(root / "seed")
@@ -82,9 +83,10 @@ def write_seed_checkpoint(tables: dict[str, Any], root: Path) -> None:
     trainer.close()
 
 
-def stock_and_swapped(tables: dict[str, Any], layouts: dict[str, list[str]], root: Path) -> None:
+def stock_and_swapped(tables: dict[str, Any], layers: int, layouts: dict[str, list[str]], root: Path) -> None:
     """Trains every layout with stock and with swapped modules; the process that logs writes `losses.json`."""
     losses: dict[str, dict[str, list[float]]] = {}
+    _prepare_flavor(tables, layers)
     for layout, overrides in layouts.items():
         for choice in ("stock", "flashmoe"):
             result = train(tables, [*overrides, f"flashmoe.attention={choice}", f"flashmoe.moe={choice}"], root)
@@ -93,6 +95,15 @@ def stock_and_swapped(tables: dict[str, Any], layouts: dict[str, list[str]], roo
     if losses:
         path = root / f"losses{dist.get_rank()}.json"
         path.write_text(json.dumps(losses))
+
+
+def _prepare_flavor(tables: dict[str, Any], layers: int) -> None:
+    """Stock's grouped_mm experts compute in bfloat16 whatever the tokens' dtype; its for-loop experts do not round."""
+    flavor = job.get_train_spec(tables["model"]["name"]).model_args[tables["model"]["flavor"]]
+    if hasattr(flavor, "moe_args"):
+        flavor.moe_args.use_grouped_mm = False
+    if layers:
+        flavor.n_layers = layers
 
 
 def read_losses(root: Path) -> dict[str, dict[str, list[float]]]:

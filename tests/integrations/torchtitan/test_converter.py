@@ -1,5 +1,6 @@
 """What the converter swaps, leaves alone and refuses."""
 
+import dataclasses
 import types
 from pathlib import Path
 
@@ -67,12 +68,16 @@ def test_a_model_without_our_table_gets_the_defaults() -> None:
     assert FlashMoEConverter(job.parse(tables), dims()).config == FlashMoE()
 
 
-@pytest.mark.parametrize(
-    "flavor, reason", [("debugmodel_flex_attn", "block mask"), ("debugmodel_varlen_attn", "packed documents")]
-)
-def test_other_attention_is_refused_with_the_reason(flavor: str, reason: str) -> None:
-    with pytest.raises(UsageError, match=reason):
-        FlashMoEConverter(config(), dims()).convert(build(flavor))
+def test_masks_that_are_not_documents_are_refused_with_the_reason() -> None:
+    model = build("debugmodel_flex_attn")
+    model.model_args = dataclasses.replace(model.model_args, attn_mask_type="sliding")
+    with pytest.raises(UsageError, match="FlexAttentionWrapper: its masks are neither causal nor document masks"):
+        FlashMoEConverter(config(), dims()).convert(model)
+
+
+def test_refuses_document_masks_under_pipeline_parallelism() -> None:
+    with pytest.raises(UsageError, match="cannot split document masks into microbatches"):
+        FlashMoEConverter(config(model={"flavor": "debugmodel_flex_attn"}), dims(pp_enabled=True))
 
 
 def test_refuses_context_parallelism_and_float8() -> None:

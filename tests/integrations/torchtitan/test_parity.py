@@ -17,10 +17,15 @@ ETP2 = ["parallelism.expert_tensor_parallel_degree=2"]
 FULL = ["activation_checkpoint.mode=full"]
 COMPILED = ["compile.enable=true"]
 
-# (model, flavor, tolerance): stock experts always compute in bfloat16, ours in the tokens' dtype, here float32.
-LLAMA3 = ("llama3", "debugmodel", 1e-5)
-DEEPSEEK = ("deepseek_v3", "debugmodel", 1e-4)
-QWEN3 = ("qwen3", "debugmodel_moe", 1e-4)
+# (model, flavor, layers: 0 keeps the flavor's)
+LLAMA3 = ("llama3", "debugmodel", 0)
+DEEPSEEK = ("deepseek_v3", "debugmodel", 0)
+QWEN3 = ("qwen3", "debugmodel_moe", 0)
+QWEN3_CUT = ("qwen3", "debugmodel_moe", 2)  # whole, its 300 million parameters take minutes to exchange over gloo
+
+# The bar is 1e-5 for dense models and 1e-4 for MoE, where stock rounds to bfloat16. Compared with stock's
+# float32 experts the largest difference seen is 1e-6 (2.4e-5 for qwen3's 64 experts over two processes).
+TOLERANCE = {"llama3": 1e-5, "deepseek_v3": 1e-5, "qwen3": 1e-4}
 
 slow = pytest.mark.slow
 
@@ -37,22 +42,23 @@ slow = pytest.mark.slow
             DEEPSEEK, 4, {"FSDP2 + TP2 + EP2": TP2 + EP2, "FSDP2 + TP2 + EP2 + ETP2": TP2 + EP2 + ETP2}, marks=slow
         ),
         pytest.param(QWEN3, 1, {"one process": []}, marks=slow),
-        pytest.param(QWEN3, 2, {"FSDP2 + EP2": EP2, "TP2": TP2}, marks=slow),
+        pytest.param(QWEN3_CUT, 2, {"FSDP2 + EP2": EP2}, marks=slow),
         pytest.param(LLAMA3, 1, {"compiled": COMPILED}, marks=slow),
         pytest.param(DEEPSEEK, 1, {"compiled": COMPILED}, marks=slow),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
 def test_swapped_equals_stock(
-    model: tuple[str, str, float], world_size: int, layouts: dict[str, list[str]], tmp_path: Path
+    model: tuple[str, str, int], world_size: int, layouts: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    name, flavor, tolerance = model
+    name, flavor, layers = model
     tables = jobs.tables_of(name, flavor, tmp_path / "run")
-    processes.run(jobs.write_seed_checkpoint, tables, tmp_path, processes=1)
-    processes.run(jobs.stock_and_swapped, tables, layouts, tmp_path, processes=world_size)
+    processes.run(jobs.write_seed_checkpoint, tables, layers, tmp_path, processes=1)
+    processes.run(jobs.stock_and_swapped, tables, layers, layouts, tmp_path, processes=world_size)
     losses = jobs.read_losses(tmp_path)
     for layout in layouts:
         stock, swapped = losses[layout]["stock"], losses[layout]["flashmoe"]
         assert len(stock) == 8 and stock[-1] < stock[0] - 0.5, f"{layout}: stock does not learn: {stock}"
         difference = (torch.tensor(swapped) - torch.tensor(stock)).abs().max().item()
-        assert difference <= tolerance * max(stock), f"{layout}: stock {stock}, swapped {swapped}"
+        print(f"{name} {layout}: largest difference {difference:.1e}")
+        assert difference <= TOLERANCE[name], f"{layout}: stock {stock}, swapped {swapped}"
