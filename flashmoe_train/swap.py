@@ -47,7 +47,7 @@ class Report:
     def summary(self) -> list[tuple[str, str, str, int]]:
         """(modules, from, to or why not, how many), modules that differ only in their numbers in one row."""
         counts = Counter(
-            (re.sub(r"\b\d+\b", "*", row.name), row.found, row.became or f"left alone: {row.reason}")
+            (re.sub(r"\b\d+\b", "*", row.name) or "the model", row.found, row.became or f"left alone: {row.reason}")
             for row in self.rows
         )
         return [(*key, n) for key, n in counts.items()]

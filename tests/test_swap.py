@@ -60,6 +60,22 @@ def test_nothing_swapped_is_an_error() -> None:
         swap_modules(nn.Sequential(nn.Linear(4, 8)), [Swap(nn.Linear, Doubled, wide)])
 
 
+def test_optional_swap_accepts_a_model_without_such_modules_only() -> None:
+    swap = Swap(nn.Linear, Doubled, wide)
+    assert swap_modules(nn.Sequential(nn.ReLU()), [swap], optional=True).rows == []
+    with pytest.raises(UsageError, match="Linear: too wide"):
+        swap_modules(nn.Sequential(nn.Linear(4, 8)), [swap], optional=True)
+
+
+def test_reports_add_up() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    report = swap_modules(net, [Swap(nn.Linear, Doubled)])
+    report += swap_modules(net, [Swap(nn.ReLU, type("Clipped", (nn.ReLU,), {}))])
+    assert [row.became for row in report.rows] == ["Doubled", "Clipped"]
+    report.revert()
+    assert [type(m) for m in net] == [nn.Linear, nn.ReLU]
+
+
 def test_replacement_must_be_a_subclass() -> None:
     with pytest.raises(TypeError, match="ReLU must be a subclass of Linear"):
         Swap(nn.Linear, nn.ReLU)

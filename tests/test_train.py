@@ -26,13 +26,10 @@ def test_trains_and_reports(tmp_path: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert [step["step"] for step in summary["steps"]] == [1, 2, 3, 4]
     assert summary["heldout"][-1]["step"] == 4
-    assert summary["swapped"] == [
-        {
-            "modules": "layers.*.attention.inner_attention",
-            "from": "ScaledDotProductAttentionWrapper",
-            "to": "FlashMoEAttention",
-            "count": 6,
-        }
+    assert [(row["modules"], row["to"], row["count"]) for row in summary["swapped"]] == [
+        ("layers.*.attention.inner_attention", "FlashMoEAttention", 6),
+        ("layers.*.moe", "FlashMoEBlock", 5),
+        ("layers.*.moe.experts", "FlashMoEExperts", 5),
     ]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list(run.glob("tb/*/events.out.tfevents.*"))
@@ -48,7 +45,7 @@ def test_quickstart_learns(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "outputs/quickstart/summary.json").read_text())
     wanted = summary["unigram_entropy"] - 0.3
-    last = [step["loss"] for step in summary["steps"][-10:]]
+    last = [step["loss"] for step in summary["steps"][-20:]]
     assert sum(last) / len(last) < wanted
     assert summary["heldout"][-1]["loss"] < wanted
 
@@ -59,7 +56,7 @@ def test_quickstart_learns(tmp_path: Path) -> None:
         (("quickstrat",), "did you mean 'quickstart'"),
         (("quickstart", "steps=3"), "table.key=value"),
         (("quickstart", "training.stepz=3"), "unknown key [training] stepz"),
-        (("quickstart", "model.flavor=debugmodel_flex_attn"), "nothing was swapped"),
+        (("quickstart", "parallelism.context_parallel_degree=2", "--processes=2"), "context_parallel_degree > 1"),
     ],
 )
 def test_mistakes_end_without_a_traceback(arguments: tuple[str, ...], text: str, tmp_path: Path) -> None:
@@ -78,3 +75,9 @@ def test_refuses_to_train_slowly_on_hopper(monkeypatch: pytest.MonkeyPatch) -> N
     train.check_kernels(allow_fallback=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     train.check_kernels(allow_fallback=False)
+
+
+def test_minus_one_expert_parallel_degree_means_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    job = train.with_defaults({"parallelism": {"expert_parallel_degree": -1}})
+    assert job["parallelism"]["expert_parallel_degree"] == 4

@@ -30,11 +30,10 @@ def config(**tables: dict):
     return job.parse(values)
 
 
-def build(flavor: str) -> torch.nn.Module:
-    from torchtitan.models.llama3 import Transformer, llama3_args
-
+def build(flavor: str, model: str = "llama3") -> torch.nn.Module:
+    spec = job.get_train_spec(model)
     with torch.device("meta"):
-        return Transformer(llama3_args[flavor])
+        return spec.model_cls(spec.model_args[flavor])
 
 
 def test_swaps_every_layer_and_keeps_the_state_dict() -> None:
@@ -55,9 +54,30 @@ def test_saves_the_operator_in_selective_checkpointing() -> None:
     assert torch.ops.flashmoe.attention_forward.default in _op_sac_save_list
 
 
+def test_swaps_attention_and_moe_blocks() -> None:
+    from torchtitan.models.qwen3.infra.parallelize import _op_sac_save_list
+
+    model = build("debugmodel_moe", "qwen3")
+    before = list(model.state_dict())
+    FlashMoEConverter(config(model={"name": "qwen3", "flavor": "debugmodel_moe"}), dims()).convert(model)
+    assert [row[2:] for row in FlashMoEConverter.last_report.summary()] == [
+        ("FlashMoEAttention", 8),
+        ("FlashMoEBlock", 8),
+        ("FlashMoEExperts", 8),
+    ]
+    assert list(model.state_dict()) == before
+    assert {torch.ops.flashmoe.moe_forward.default, torch.ops.flashmoe.route_plan.default} <= _op_sac_save_list
+
+
+def test_one_part_alone() -> None:
+    model = build("debugmodel_moe", "qwen3")
+    FlashMoEConverter(config(flashmoe={"attention": "stock"}), dims()).convert(model)
+    assert {row.became for row in FlashMoEConverter.last_report.rows} == {"FlashMoEBlock", "FlashMoEExperts"}
+
+
 def test_stock_swaps_nothing() -> None:
     model = build("debugmodel")
-    FlashMoEConverter(config(flashmoe={"attention": "stock"}), dims()).convert(model)
+    FlashMoEConverter(config(flashmoe={"attention": "stock", "moe": "stock"}), dims()).convert(model)
     assert not any(isinstance(module, FlashMoEAttention) for module in model.modules())
     assert FlashMoEConverter.last_report.rows == []
 
