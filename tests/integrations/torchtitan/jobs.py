@@ -84,17 +84,27 @@ def write_seed_checkpoint(tables: dict[str, Any], layers: int, root: Path) -> No
 
 
 def stock_and_swapped(tables: dict[str, Any], layers: int, layouts: dict[str, list[str]], root: Path) -> None:
-    """Trains every layout with stock and with swapped modules; the process that logs writes `losses.json`."""
+    """Trains every layout with stock and with swapped modules."""
+    runs = [(layout, choice, overrides) for layout, overrides in layouts.items() for choice in ("stock", "flashmoe")]
+    _train_all(tables, layers, runs, root)
+
+
+def one_choice(tables: dict[str, Any], layers: int, choice: str, overrides: list[str], root: Path) -> None:
+    """Trains one layout with either; it is named after the choice."""
+    _train_all(tables, layers, [(choice, choice, overrides)], root)
+
+
+def _train_all(tables: dict[str, Any], layers: int, runs: list[tuple[str, str, list[str]]], root: Path) -> None:
+    """The process that logs writes the losses for `read_losses`."""
     losses: dict[str, dict[str, list[float]]] = {}
     _prepare_flavor(tables, layers)
-    for layout, overrides in layouts.items():
-        for choice in ("stock", "flashmoe"):
-            result = train(tables, [*overrides, f"flashmoe.attention={choice}", f"flashmoe.moe={choice}"], root)
-            if result is not None:
-                losses.setdefault(layout, {})[choice] = result
+    for layout, choice, overrides in runs:
+        result = train(tables, [*overrides, f"flashmoe.attention={choice}", f"flashmoe.moe={choice}"], root)
+        if result is not None:
+            losses.setdefault(layout, {})[choice] = result
     if losses:
-        path = root / f"losses{dist.get_rank()}.json"
-        path.write_text(json.dumps(losses))
+        name = "_".join([*losses, str(dist.get_rank())])
+        (root / f"losses_{name}.json").write_text(json.dumps(losses))
 
 
 def _prepare_flavor(tables: dict[str, Any], layers: int) -> None:
@@ -109,6 +119,6 @@ def _prepare_flavor(tables: dict[str, Any], layers: int) -> None:
 def read_losses(root: Path) -> dict[str, dict[str, list[float]]]:
     """By layout, then by "stock" or "flashmoe". Under pipeline parallelism another process logs than otherwise."""
     losses: dict[str, dict[str, list[float]]] = {}
-    for path in sorted(root.glob("losses*.json")):
+    for path in sorted(root.glob("losses_*.json")):
         losses |= json.loads(path.read_text())
     return losses

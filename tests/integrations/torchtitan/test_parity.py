@@ -62,3 +62,14 @@ def test_swapped_equals_stock(
         difference = (torch.tensor(swapped) - torch.tensor(stock)).abs().max().item()
         print(f"{name} {layout}: largest difference {difference:.1e}")
         assert difference <= TOLERANCE[name], f"{layout}: stock {stock}, swapped {swapped}"
+
+
+def test_qwen3_tensor_parallel_equals_one_process(tmp_path: Path) -> None:
+    """Under tensor parallelism qwen3 hands DTensors to attention. Stock cannot run that on a CPU: the yardstick is stock
+    on one process."""
+    tables = jobs.tables_of("qwen3", "debugmodel", tmp_path / "run")
+    processes.run(jobs.write_seed_checkpoint, tables, 2, tmp_path, processes=1)
+    processes.run(jobs.one_choice, tables, 2, "stock", [], tmp_path, processes=1)
+    processes.run(jobs.one_choice, tables, 2, "flashmoe", TP2, tmp_path, processes=2)
+    losses = jobs.read_losses(tmp_path)
+    torch.testing.assert_close(losses["flashmoe"]["flashmoe"], losses["stock"]["stock"], rtol=0, atol=1e-4)
