@@ -65,8 +65,7 @@ def test_swapped_equals_stock(
 
 
 def test_qwen3_tensor_parallel_equals_one_process(tmp_path: Path) -> None:
-    """Under tensor parallelism qwen3 hands DTensors to attention. Stock cannot run that on a CPU: the yardstick is stock
-    on one process."""
+    """Under tensor parallelism qwen3 hands DTensors to attention; stock cannot run that on a CPU, one process can."""
     tables = jobs.tables_of("qwen3", "debugmodel", tmp_path / "run")
     processes.run(jobs.write_seed_checkpoint, tables, 2, tmp_path, processes=1)
     processes.run(jobs.one_choice, tables, 2, "stock", [], tmp_path, processes=1)
