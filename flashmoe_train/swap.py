@@ -68,13 +68,17 @@ def swap_modules(model: nn.Module, swaps: Sequence[Swap], *, optional: bool = Fa
     """Applies `swaps` to every module of `model`, in place.
 
     Raises UsageError if not a single module could be swapped: who asks for a swap must not train without it. A model
-    that has no such modules at all is accepted if the swap is `optional`.
+    that has no such modules at all, nor modules of classes derived from them, is accepted if the swap is `optional`.
     """
     by_target = {swap.target: swap for swap in swaps}
     report = Report()
     for name, module in model.named_modules():
         swap = by_target.get(type(module))
         if swap is None:
+            if isinstance(module, tuple(by_target)):
+                done = any(type(module) is swap.replacement for swap in swaps)
+                why = "swapped already" if done else "a class derived from what is swapped"
+                report.rows.append(Row(name, type(module).__name__, None, why))
             continue
         reason = swap.why_not(module)
         if reason is None and swap.replacement is not None:

@@ -2,14 +2,12 @@
 
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 
 from flashmoe_train import recipe as recipes
 from flashmoe_train.errors import UsageError
-from flashmoe_train.ops.attention import AttentionCase, supports
 
 Recipe = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that ships with the package.")]
 Overrides = Annotated[
@@ -20,36 +18,14 @@ AllowFallback = Annotated[
 ]
 
 
-def check_kernels(allow_fallback: bool) -> None:
-    """Nobody trains slowly by accident: on a Hopper GPU missing kernels are an error."""
-    if allow_fallback or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        return
-    reason = supports(AttentionCase("cuda", torch.bfloat16, 128, 128))
-    if reason is not None:
-        raise UsageError(f"{reason}; --allow-fallback trains on PyTorch's kernels instead")
-
-
 def train(recipe: str, overrides: list[str], allow_fallback: bool) -> None:
     """Trains a recipe in this process; all processes of the run call it."""
-    check_kernels(allow_fallback)
     job = recipes.load(recipes.find(recipe), overrides)
+    if "WORLD_SIZE" not in os.environ:
+        raise UsageError("this program is started by torchrun; `flashmoe train` does that for you")
     from flashmoe_train.integrations.torchtitan import runner
 
-    runner.run(with_defaults(job), next_command=f"flashmoe train {recipe} training.steps=200")
-
-
-def with_defaults(job: dict[str, Any]) -> dict[str, Any]:
-    """TorchTitan's defaults name files of its own repository and GPU settings; these run anywhere. And -1 stands for
-    all processes in the degree of expert parallelism too."""
-    parallelism = job.get("parallelism", {})
-    if parallelism.get("expert_parallel_degree") == -1:
-        parallelism["expert_parallel_degree"] = int(os.environ["WORLD_SIZE"])
-    job.setdefault("model", {}).setdefault("hf_assets_path", "bytes")
-    training = job.setdefault("training", {})
-    training.setdefault("dataset", "torch_sources")
-    if not torch.cuda.is_available():
-        training.setdefault("mixed_precision_param", "float32")
-    return job
+    runner.run(job, f"flashmoe train {recipe} training.steps=200", allow_fallback)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

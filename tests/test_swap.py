@@ -49,8 +49,20 @@ def test_revert() -> None:
 
 
 def test_subclasses_are_left_alone() -> None:
-    net = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4))
-    assert [row.name for row in swap_modules(net, [Swap(nn.Linear, Doubled)]).rows] == ["0"]
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    derived = net[1].__class__ = type("Derived", (nn.Linear,), {})
+    assert swap_modules(net, [Swap(nn.Linear, Doubled)]).summary() == [
+        ("*", "Linear", "Doubled", 1),
+        ("*", "Derived", "left alone: a class derived from what is swapped", 1),
+    ]
+    assert type(net[1]) is derived
+
+
+def test_swapping_twice_says_so() -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    swap_modules(net, [Swap(nn.Linear, Doubled)])
+    with pytest.raises(UsageError, match="Doubled: swapped already"):
+        swap_modules(net, [Swap(nn.Linear, Doubled)], optional=True)
 
 
 def test_nothing_swapped_is_an_error() -> None:

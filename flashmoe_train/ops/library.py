@@ -15,6 +15,11 @@ ANY_DEVICE = "CompositeExplicitAutograd"
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the sums and statistics behind tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @torch.compiler.assume_constant_result
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether `flashmoe::op` has an implementation for tensors on `device_type` ("cpu", "cuda", ...)."""

@@ -50,13 +50,43 @@ def test_public_function_on_gpu_equals_oracle(case: Case, dtype: torch.dtype) ->
     assert_equals_oracle(case, function, "cuda", dtype)
 
 
-def run_fallback(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
+def run_fallback(q: Tensor, k: Tensor, v: Tensor, case: Case, deterministic: bool = False) -> Tensor:
     arguments = case.arguments(q.device.type)
     left, right = (-1 if side is None else side for side in case.window)
     cu_q = arguments.get("cu_seqlens_q")
     cu_k = arguments.get("cu_seqlens_k", cu_q)
     scale = q.shape[-1] ** -0.5 if case.softmax_scale is None else case.softmax_scale
-    return fallback(q, k, v, scale, left, 0 if case.causal else right, cu_q, cu_k)
+    return fallback.attention(q, k, v, scale, (left, 0 if case.causal else right), cu_q, cu_k, deterministic)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [Case(causal=True, length_q=300), Case(batch=1, length_q=300, documents_q=(100, 200))])
+def test_deterministic_gradients_repeat_bitwise_on_gpu(case: Case) -> None:
+    inputs = case.tensors(torch.bfloat16, "cuda")
+    dout = torch.randn(inputs[0].shape, device="cuda", dtype=torch.bfloat16)
+    function = functools.partial(attention, deterministic=True, **case.arguments("cuda"))
+    first = forward_backward(function, inputs, dout)
+    for x, y in zip(first, forward_backward(function, inputs, dout), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case", [Case(causal=True), Case(batch=1, length_q=20, documents_q=(5, 15), causal=True)], ids=str
+)
+def test_does_not_wait_for_the_gpu(case: Case) -> None:
+    inputs, arguments = case.tensors(torch.bfloat16, "cuda"), case.arguments("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attention(*inputs, **arguments).square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_result_has_the_input_dtype_under_autocast() -> None:
+    q, k, v = Case().tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(q, k, v).dtype == run_fallback(q, k, v, Case()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("case", [Case(), Case(length_q=23, length_k=5, causal=True)], ids=str)
@@ -231,7 +261,10 @@ CU = torch.tensor([0, 6], dtype=torch.int32)
         ({"k": K[:1], "v": V[:1]}, ValueError, "one batch size"),
         ({"q": Q[..., :4]}, ValueError, "one head_dim"),
         ({"q": Q[:, :, :3]}, ValueError, "multiple of those of k, found 3 and 2"),
-        ({"window": (-2, None)}, ValueError, "window must hold non-negative sizes"),
+        ({"window": (-2, None)}, ValueError, "window must be two non-negative sizes or None"),
+        ({"window": (1, 2, 3)}, ValueError, "window must be two non-negative sizes or None"),
+        ({"q": Q[..., :0], "k": K[..., :0]}, ValueError, "q must have a head_dim of at least 1"),
+        ({"q": torch.zeros(())}, ValueError, r"q must be \[batch, seq, heads, head_dim\], found 0"),
         ({"cu_seqlens_k": CU}, ValueError, "given together"),
         ({"cu_seqlens_q": CU}, ValueError, "the batch size must be 1"),
         ({"cu_seqlens_q": CU.long()}, TypeError, "cu_seqlens_q must be int32, found torch.int64"),

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from flashmoe_train import attention
 
 from .. import processes
-from .test_attention import Case, save_attention
+from .test_attention import Case, run_fallback, save_attention
 
 
 class Block(nn.Module):
@@ -69,6 +69,26 @@ def check_dtensor_documents() -> None:
     out = attention(*inputs, cu_seqlens_q=distribute_tensor(cu_seqlens, mesh, [Replicate()]))
     assert out.placements == (Shard(2),)
     torch.testing.assert_close(out.full_tensor(), attention(*full, cu_seqlens_q=cu_seqlens))
+
+
+def check_fallback_on_dtensors() -> None:
+    """PyTorch's kernels lack sharding rules for documents and windows: the fallback runs them on every shard."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    for case, placement in (
+        (Case(batch=1, length_q=20, documents_q=(5, 15)), Shard(2)),
+        (Case(window=(3, 2)), Shard(0)),
+        (Case(causal=True), Shard(1)),
+        (Case(heads=6, groups=3), Shard(2)),
+    ):
+        full = case.tensors()
+        wanted = run_fallback(*full, case)
+        wanted_grads = torch.autograd.grad(wanted.square().sum(), full)
+        inputs = [distribute_tensor(x.detach(), mesh, [placement]).requires_grad_() for x in full]
+        out = run_fallback(*inputs, case)
+        torch.testing.assert_close(out.full_tensor(), wanted)
+        for x, y in zip(torch.autograd.grad(out.square().sum(), inputs), wanted_grads, strict=True):
+            torch.testing.assert_close(x.full_tensor(), y)
 
 
 def check_tensor_parallel() -> None:
@@ -135,6 +155,7 @@ def check_all_dtensor() -> None:  # one start of the processes serves all
     check_dtensor()
     check_dtensor_uneven_heads()
     check_dtensor_documents()
+    check_fallback_on_dtensors()
     check_tensor_parallel()
 
 

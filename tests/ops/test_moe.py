@@ -57,6 +57,33 @@ def test_public_function_on_gpu_equals_oracle(case: Case) -> None:
     assert_equals_oracle(case, function, torch.bfloat16, "cuda")
 
 
+@pytest.mark.gpu
+def test_does_not_wait_for_the_gpu() -> None:
+    inputs, ids = Case(tokens=64).tensors(torch.bfloat16, "cuda"), Case(tokens=64).ids("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(*inputs, ids, "combine").square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_another_routing() -> None:
+    case = Case(tokens=64)
+    x, w1, w2, w3, weights = (t.detach() for t in case.tensors(torch.bfloat16, "cuda"))
+    ids = case.ids("cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # warm up outside the capture
+        run(x, w1, w2, w3, weights, ids, "combine")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(x, w1, w2, w3, weights, ids, "combine")
+    ids.copy_(Case(tokens=64, routing="skipped").ids("cuda"))
+    graph.replay()
+    assert_close_in_norm("out", out, oracle(x, w1, w2, w3, weights, ids))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("score_mode", ["combine", "activation"])
 def test_low_precision(score_mode: str, dtype: torch.dtype) -> None:
@@ -303,11 +330,19 @@ IDS = Case().ids()
         ({"w3": W3.bfloat16()}, TypeError, "w3 must have x's dtype torch.float32, found torch.bfloat16"),
         ({"w2": W2.to("meta")}, ValueError, "w2 must be on x's device"),
         ({"w2": W2.transpose(1, 2).contiguous().transpose(1, 2)}, ValueError, "w2 must have a contiguous last"),
-        ({"ids": IDS[:, 0]}, ValueError, r"ids must be \[tokens, experts per token\]"),
+        ({"w1": W1[:0]}, ValueError, "w1 must be .* of at least one expert, found"),
+        ({"ids": IDS[:, 0]}, ValueError, r"ids must be \[tokens, experts per token\] = \[23, ...\], found \[23\]"),
+        ({"ids": IDS[:, :0]}, ValueError, r"ids must be \[tokens, experts per token\]"),
+        ({"ids": IDS.to("meta")}, ValueError, "ids must be on x's device cpu, found meta"),
         ({"ids": IDS.float()}, TypeError, "ids must be int32 or int64, found torch.float32"),
-        ({"ids": IDS[:5], "weights": WEIGHTS[:5]}, ValueError, "slot_row must have a row per token"),
+        ({"ids": IDS[:5], "weights": WEIGHTS[:5]}, ValueError, r"ids must be .* = \[23, ...\], found \[5, 2\]"),
         ({"weights": WEIGHTS[:, :1]}, ValueError, r"weights must be \[23, 2\], found \[23, 1\]"),
-        ({"weights": WEIGHTS.bfloat16()}, TypeError, "weights must be float32, found torch.bfloat16"),
+        (
+            {"weights": WEIGHTS.bfloat16()},
+            TypeError,
+            "weights must be torch.float32 beside torch.float32, found torch.bfloat16",
+        ),
+        ({"weights": WEIGHTS.double()}, TypeError, "weights must be torch.float32 beside torch.float32"),
         ({"score_mode": "before"}, ValueError, "score_mode must be one of"),
     ],
 )

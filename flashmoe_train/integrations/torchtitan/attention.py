@@ -108,4 +108,5 @@ def _masks_are_documents(model: nn.Module) -> bool:
     )
 
 
-OPERATORS = [torch.ops.flashmoe.attention_forward.default]
+# The second is what the fallback runs on documents; TorchTitan keeps it for some models only.
+OPERATORS = [torch.ops.flashmoe.attention_forward.default, torch.ops.torch_attn._varlen_attn.default]

@@ -3,32 +3,50 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
+from pathlib import Path
 from typing import Any
 
+import torch
 from packaging.version import Version
 
 from flashmoe_train import versions
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.torchtitan.config import FlashMoE
+from flashmoe_train.ops import attention, moe
 
 
 def check_installed() -> None:
     """Raises UsageError unless a TorchTitan is installed that has the extension points we use."""
-    if importlib.util.find_spec("torchtitan") is None:
+    torchtitan = importlib.util.find_spec("torchtitan")
+    if torchtitan is None or not torchtitan.submodule_search_locations:
         raise UsageError("TorchTitan is not installed: pip install 'flashmoe-train[torchtitan]'")
-    # By capability, not by number: torchtitan 0.3 replaced model converters by configuration overrides.
-    if importlib.util.find_spec("torchtitan.protocols.model_converter") is None:
+    # By capability, not by number: torchtitan 0.3 replaced model converters by configuration overrides. Looked up as a
+    # file, because importing a version made for another torch may fail before it can be named.
+    folders = torchtitan.submodule_search_locations
+    if not any((Path(folder) / "protocols/model_converter.py").exists() for folder in folders):
         found = importlib.metadata.version("torchtitan")
         raise UsageError(
             f"torchtitan {found} has no model converters. What works together:\n{versions.table('torchtitan')}"
         )
 
 
-def check_job(job_config: Any, parallel_dims: Any) -> None:
+def check_kernels(choices: FlashMoE) -> None:
+    """Nobody trains slowly by accident: raises UsageError where a Hopper GPU lacks kernels of what is swapped."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return
+    reasons = []
+    if choices.attention == "flashmoe":
+        reasons.append(attention.supports(attention.AttentionCase("cuda", torch.bfloat16, 128, 128)))
+    if choices.moe == "flashmoe":
+        reasons.append(moe.supports(moe.MoECase("cuda", torch.bfloat16)))
+    if missing := [reason for reason in reasons if reason is not None]:
+        raise UsageError(f"{'; '.join(missing)}; --allow-fallback trains on PyTorch's kernels instead")
+
+
+def check_job(job_config: Any, parallel_dims: Any, choices: FlashMoE) -> None:
     """Raises UsageError for a job that stock TorchTitan or this swap is known not to run."""
-    if parallel_dims.cp_enabled:
-        raise UsageError("context_parallel_degree > 1 is not supported with swapped attention; set it to 1")
-    if parallel_dims.pp_enabled and getattr(_model_args(job_config), "attn_type", "sdpa") != "sdpa":
-        raise UsageError("pipeline parallelism cannot split document masks into microbatches; choose one of the two")
+    if choices.attention == "flashmoe":
+        _check_attention(job_config, parallel_dims)
     if "float8" in " ".join(job_config.model.converters):
         raise UsageError("converter 'flashmoe' does not work beside float8 converters; leave one of them out")
     for entry in versions.broken("torchtitan", Version(importlib.metadata.version("torch"))):
@@ -38,10 +56,14 @@ def check_job(job_config: Any, parallel_dims: Any) -> None:
             raise UsageError(f"{pair} cannot run {what}: {entry['why']}. {entry['instead']}")
 
 
-def _model_args(job_config: Any) -> Any:
+def _check_attention(job_config: Any, parallel_dims: Any) -> None:
     from torchtitan.protocols.train_spec import get_train_spec
 
-    return get_train_spec(job_config.model.name).model_args[job_config.model.flavor]
+    if parallel_dims.cp_enabled:
+        raise UsageError("context_parallel_degree > 1 is not supported with swapped attention; set it to 1")
+    model_args = get_train_spec(job_config.model.name).model_args[job_config.model.flavor]
+    if parallel_dims.pp_enabled and getattr(model_args, "attn_type", "sdpa") != "sdpa":
+        raise UsageError("pipeline parallelism cannot split document masks into microbatches; choose one of the two")
 
 
 def features(job_config: Any, parallel_dims: Any) -> set[str]:

@@ -14,16 +14,20 @@ from flashmoe_train.integrations.torchtitan.config import FlashMoE, validate
 from flashmoe_train.swap import Report, swap_modules
 
 
+def choices(job_config: JobConfig) -> FlashMoE:
+    """The [flashmoe] table; without [job] custom_config_module there is none, and its defaults hold."""
+    return getattr(job_config, "flashmoe", None) or FlashMoE()
+
+
 class FlashMoEConverter:
     """Swaps what the `[flashmoe]` table says (by default everything it knows)."""
 
     last_report: Report | None = None  # of the latest convert() in this process, for the summary of a run
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
-        # Without [job] custom_config_module there is no [flashmoe] table, and its defaults hold.
-        self.config: FlashMoE = getattr(job_config, "flashmoe", None) or FlashMoE()
+        self.config = choices(job_config)
         validate(self.config)
-        compat.check_job(job_config, parallel_dims)
+        compat.check_job(job_config, parallel_dims, self.config)
         self.model_name = job_config.model.name
 
     def convert(self, model: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""TorchTitan 0.2.2 on a machine without a GPU: what it expects of `torch.cuda` and NCCL, given by the CPU and gloo.
+"""TorchTitan 0.2.2 on a machine without a CUDA GPU: what it expects of `torch.cuda` and NCCL, given by CPU and gloo.
 
 `apply()` has to run before `import torchtitan`, which looks for the device while it is imported. Each adjustment says
-what fails without it; none of them touches a machine that has a GPU.
+what fails without it; none of them touches a machine that has a CUDA GPU.
 """
 
 import types

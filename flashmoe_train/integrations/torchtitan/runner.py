@@ -11,24 +11,24 @@ from torchtitan.config import JobConfig
 from torchtitan.train import Trainer
 
 from flashmoe_train import data
-from flashmoe_train.integrations.torchtitan import compat, job
-from flashmoe_train.integrations.torchtitan.converter import FlashMoEConverter
+from flashmoe_train.integrations.torchtitan import compat, converter, job
 from flashmoe_train.monitor import Monitor, Step
 from flashmoe_train.swap import Report
 
-BYTE_TOKENIZER = "bytes"  # as [model] hf_assets_path: one token per byte, written into the run's folder
 
-
-def run(tables: dict[str, Any], next_command: str) -> None:
+def run(tables: dict[str, Any], next_command: str, allow_fallback: bool) -> None:
     """Trains the job in this process, one of those torchrun started. Console output comes from one process only."""
     logging.root.addHandler(logging.NullHandler())  # until the run's folder is known
-    config = job.parse(tables)
-    job.check(config, int(os.environ["WORLD_SIZE"]))
+    world_size = int(os.environ["WORLD_SIZE"])
+    config = job.parse(job.with_defaults(tables, world_size))
+    job.check(config, world_size)
+    if not allow_fallback:
+        compat.check_kernels(converter.choices(config))
     config.metrics.enable_tensorboard = True
     folder = Path(config.job.dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
     _log_to(folder / f"log_rank{os.environ['RANK']}.txt")
-    if config.model.hf_assets_path == BYTE_TOKENIZER:
+    if config.model.hf_assets_path == job.BYTE_TOKENIZER:
         config.model.hf_assets_path = str(data.write_byte_tokenizer(folder / "byte_tokenizer"))
 
     trainer = MonitoredTrainer(config)
@@ -80,7 +80,7 @@ class MonitoredTrainer(Trainer):
             return
         config = self.job_config
         self.monitor.finish(
-            swaps=FlashMoEConverter.last_report or Report(),
+            swaps=converter.FlashMoEConverter.last_report or Report(),
             tensorboard=Path(config.job.dump_folder) / config.metrics.save_tb_folder,
             unigram_entropy=data.unigram_entropy() if config.training.dataset == "torch_sources" else None,
             next_command=next_command,

@@ -20,11 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.attention.fallback import fallback
+from flashmoe_train.ops.attention import fallback
+from flashmoe_train.ops.attention.checks import check
 from flashmoe_train.ops.attention.operator import attention_forward
 from flashmoe_train.ops.library import has_kernel
 
-__all__ = ["AttentionCase", "attention", "fallback", "supports"]
+__all__ = ["AttentionCase", "attention", "supports"]
 
 
 def attention(
@@ -58,18 +59,20 @@ def attention(
 
     Raises:
         ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or stride; the message names it.
+            The values of cu_seqlens are checked on the CPU only: reading them would make a GPU wait.
 
     Runs `torch.ops.flashmoe.attention_forward` where that has an implementation for the case (`supports`), otherwise
-    `fallback`, PyTorch's scaled_dot_product_attention.
+    PyTorch's kernels (`fallback`).
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     packed = cu_seqlens_q is not None and q.dim() == 3
     if packed:
         q, k, v = (x.unsqueeze(0) if x.dim() == 3 else x for x in (q, k, v))
+    if len(window) != 2 or any(side is not None and side < 0 for side in window):
+        raise ValueError(f"window must be two non-negative sizes or None, (left, right), found {window}")
     left, right = (-1 if side is None else side for side in window)
-    if any(side is not None and side < 0 for side in window):
-        raise ValueError(f"window must hold non-negative sizes or None, found {window}")
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if causal:
         right = 0
     if softmax_scale is None:
@@ -79,7 +82,7 @@ def attention(
     if supports(AttentionCase.of(q, v)) is None:
         out = attention_forward(q, k, v, softmax_scale, left, right, cu_seqlens_q, cu_seqlens_k, deterministic)[0]
     else:
-        out = fallback(q, k, v, softmax_scale, left, right, cu_seqlens_q, cu_seqlens_k)
+        out = fallback.attention(q, k, v, softmax_scale, (left, right), cu_seqlens_q, cu_seqlens_k, deterministic)
     return out.squeeze(0) if packed else out
 
 

@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the scores, statistics and sums, and of lse."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from flashmoe_train.ops.library import accumulation_dtype
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[int, int]:

@@ -3,50 +3,75 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from flashmoe_train.ops.attention.checks import check
+_FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def fallback(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     softmax_scale: float,
-    window_left: int,
-    window_right: int,
+    band: tuple[int, int],
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    deterministic: bool,
 ) -> Tensor:
-    """The same function by PyTorch's kernels, for GPUs and cases without a kernel of ours.
+    """`flashmoe_train.attention` after its checks, with window_left and window_right as `band`.
 
     Full and square causal attention run scaled_dot_product_attention, cuDNN's kernel first; documents on a GPU run
-    varlen_attn. Everything else (windows, rectangular causal attention) needs a dense boolean mask `[S, T]`.
+    varlen_attn. Everything else (windows, rectangular causal attention) needs a dense boolean mask `[S, T]`, behind
+    which a NaN in a hidden key still reaches the rows of its sequence: 0 · NaN. So does `deterministic`, for which
+    PyTorch's plain matrix products serve.
     """
-    heads, groups = check(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    band = (window_left, window_right)
-    if cu_seqlens_q is not None and cu_seqlens_k is not None and _varlen_takes(q, v):
-        return _packed(q, k, v, softmax_scale, band, cu_seqlens_q, cu_seqlens_k)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    square = q.shape[2] == k.shape[2]
-    if cu_seqlens_q is None and (band == (-1, -1) or (band == (-1, 0) and square)):
+    if isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor):
+        return _on_shards(q, k, v, softmax_scale, band, cu_seqlens_q, cu_seqlens_k, deterministic)
+    with torch.autocast(q.device.type, enabled=False):  # the result has q's dtype, as the operator's has
+        if cu_seqlens_q is not None and cu_seqlens_k is not None and not deterministic and _varlen_takes(q, v):
+            return _packed(q, k, v, softmax_scale, band, cu_seqlens_q, cu_seqlens_k)
+        heads, groups = q.shape[2], k.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        square = q.shape[2] == k.shape[2]
         # The fused kernels fail on empty tensors.
-        kernels = _FUSED if q.numel() and k.numel() else [SDPBackend.MATH]
+        kernels = _FUSED if q.numel() and k.numel() and not deterministic else [SDPBackend.MATH]
         with sdpa_kernel(kernels, set_priority=True):
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=band == (-1, 0), scale=softmax_scale, enable_gqa=heads != groups
-            )
-        return out.transpose(1, 2)
-    visible = _visible(q, q.shape[2], k.shape[2], window_left, window_right, cu_seqlens_q, cu_seqlens_k)
-    k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
-    # SDPA's kernels disagree on rows that see nothing: let such a row see everything, then zero its output.
-    seeing = visible.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~seeing, scale=softmax_scale)
-    return out.masked_fill(~seeing, 0.0).transpose(1, 2)
+            if cu_seqlens_q is None and (band == (-1, -1) or (band == (-1, 0) and square)):
+                causal = band == (-1, 0)
+                out = F.scaled_dot_product_attention(
+                    q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=heads != groups
+                )
+                return out.transpose(1, 2)
+            visible = _visible(q, q.shape[2], k.shape[2], *band, cu_seqlens_q, cu_seqlens_k)
+            k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
+            # SDPA's kernels disagree on rows that see nothing: let such a row see everything, then zero its output.
+            seeing = visible.any(-1, keepdim=True)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~seeing, scale=softmax_scale)
+            return out.masked_fill(~seeing, 0.0).transpose(1, 2)
 
 
-_FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+def _on_shards(
+    q: DTensor,
+    k: DTensor,
+    v: DTensor,
+    softmax_scale: float,
+    band: tuple[int, int],
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    deterministic: bool,
+) -> Tensor:
+    """PyTorch has no sharding rules for all of these kernels: every device attends over its own batch or heads, and
+    over everything where q is sharded otherwise."""
+    mesh = q.device_mesh
+    free = (Replicate(), *([Shard(0)] if cu_seqlens_q is None else []))
+    free += (Shard(2),) if k.shape[2] % mesh.size() == 0 else ()
+    placements = q.placements if all(p in free for p in q.placements) else [Replicate()] * mesh.ndim
+    local_q, local_k, local_v = (x.redistribute(placements=placements).to_local() for x in (q, k, v))
+    cu_q, cu_k = (x.full_tensor() if isinstance(x, DTensor) else x for x in (cu_seqlens_q, cu_seqlens_k))
+    out = attention(local_q, local_k, local_v, softmax_scale, band, cu_q, cu_k, deterministic)
+    return DTensor.from_local(out.contiguous(), mesh, placements, run_check=False)
 
 
 def _varlen_takes(q: Tensor, v: Tensor) -> bool:

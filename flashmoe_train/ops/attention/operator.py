@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flashmoe_train.ops.attention.checks import accumulation_dtype, check, check_backward
+from flashmoe_train.ops.attention.checks import check, check_backward
 from flashmoe_train.ops.attention.reference import reference_backward, reference_forward
-from flashmoe_train.ops.library import LIBRARY, TAGS
+from flashmoe_train.ops.library import LIBRARY, TAGS, accumulation_dtype
 
 _ARGUMENTS = (
     "float softmax_scale, SymInt window_left, SymInt window_right, "

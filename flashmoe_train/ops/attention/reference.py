@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.attention.checks import accumulation_dtype, check, check_backward
+from flashmoe_train.ops.attention.checks import check, check_backward
+from flashmoe_train.ops.library import accumulation_dtype
 
 # Rows of scores held at a time: [B, H, 64, T] is what the reference needs beside its inputs and outputs. Small enough
 # for a CPU's caches and to skip what a causal mask hides: at S = 256 it takes 0.45 times as long as 256 rows.

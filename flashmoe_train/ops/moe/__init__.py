@@ -8,7 +8,7 @@ Shape legend:
 
 The rows that an expert computes lie side by side: *row* r holds *slot* `row_slot[r]` = token · K + k, and slot (t, k)
 is computed in row `slot_row[t, k]`; expert e owns rows `offsets[e]:offsets[e + 1]`. An id outside `0 <= id < E` skips
-its slot. Nothing depends on the routing's values on the host: shapes follow from T and K alone, there is no sync.
+its slot. Nothing depends on the routing's values on the host: shapes follow from T and K alone.
 
 Method: token-choice routing (Shazeer et al., 2017, arXiv:1701.06538); the six grouped products of forward and backward
 with nothing recomputed and no saved copy of the gathered tokens as in SonicMoE (Guo et al., 2025, arXiv:2512.14080).
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flashmoe_train.ops.library import has_kernel
 from flashmoe_train.ops.moe import fallback
+from flashmoe_train.ops.moe.checks import check_routing
 from flashmoe_train.ops.moe.experts import moe_forward
 from flashmoe_train.ops.moe.plan import RoutePlan, route_plan
 from flashmoe_train.ops.moe.router import Routing, router_topk
@@ -74,6 +75,7 @@ def moe(
     Runs `torch.ops.flashmoe.moe_forward` where that has an implementation for the case (`supports`), otherwise
     PyTorch's grouped matrix products around the same plan.
     """
+    check_routing(x, w1, ids)
     plan = route_plan(ids, w1.shape[0])
     if supports(MoECase.of(x)) is None:
         return moe_forward(x, w1, w2, w3, weights, plan.offsets, plan.row_slot, plan.slot_row, score_mode)[0]
@@ -86,13 +88,18 @@ def moe_rows(
     """The experts alone, on rows that are sorted by expert already: what an exchange between processes delivers.
 
     Args:
-        rows: `[R, d]`; expert e owns rows `offsets[e]:offsets[e + 1]`, rows from `offsets[E]` on belong to nobody.
+        rows: `[R, d]`, floating point, last dimension contiguous; expert e owns rows `offsets[e]:offsets[e + 1]`, rows
+            from `offsets[E]` on belong to nobody.
         w1, w2, w3: as in `moe`.
         offsets: int32 `[E + 1]`, not decreasing, from 0 to at most R.
         weights: float32 `[R]`, multiplies the hidden activation of each row (score_mode "activation").
 
     Returns:
         `[R, d]` in the dtype of rows; zeros in rows that belong to nobody.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or stride; the message names it.
+            The values of offsets are checked on the CPU only: reading them would make a GPU wait.
     """
     if supports(MoECase.of(rows)) is None:
         return moe_forward(rows, w1, w2, w3, weights, offsets, None, None, "activation")[0]

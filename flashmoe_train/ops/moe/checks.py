@@ -5,12 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flashmoe_train.ops.library import accumulation_dtype
+
 SCORE_MODES = ("combine", "activation")
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of sums and of the router weights' products."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_matrix(name: str, x: Tensor) -> None:
@@ -38,14 +35,25 @@ def check_indices(name: str, x: Tensor, rank: int, device: torch.device) -> None
         raise ValueError(f"{name} must be on {device}, found {x.device}")
 
 
-def check_weights(weights: Tensor, shape: Sequence[int], device: torch.device) -> None:
-    """Raises unless `weights` are float32 (float64 beside float64 rows) of `shape` on `device`."""
+def check_weights(weights: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    """Raises unless `weights` are of `shape`, on x's device and float32 (float64 beside float64 x)."""
     if list(weights.shape) != list(shape):
         raise ValueError(f"weights must be {list(shape)}, found {list(weights.shape)}")
-    if weights.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"weights must be float32, found {weights.dtype}")
-    if weights.device != device:
-        raise ValueError(f"weights must be on {device}, found {weights.device}")
+    if weights.dtype != accumulation_dtype(x.dtype):
+        raise TypeError(f"weights must be {accumulation_dtype(x.dtype)} beside {x.dtype}, found {weights.dtype}")
+    if weights.device != x.device:
+        raise ValueError(f"weights must be on {x.device}, found {weights.device}")
+
+
+def check_routing(x: Tensor, w1: Tensor, ids: Tensor) -> None:
+    """Raises unless tokens, experts and the experts' ids fit each other: the rest is for `check`."""
+    check_matrix("x", x)
+    if w1.dim() != 3 or w1.shape[0] < 1:
+        raise ValueError(f"w1 must be [experts, hidden dim, model dim] of at least one expert, found {list(w1.shape)}")
+    if ids.dim() != 2 or ids.shape[0] != x.shape[0]:
+        raise ValueError(f"ids must be [tokens, experts per token] = [{x.shape[0]}, ...], found {list(ids.shape)}")
+    if ids.device != x.device:
+        raise ValueError(f"ids must be on x's device {x.device}, found {ids.device}")
 
 
 def check(
@@ -101,7 +109,7 @@ def _check_plan(
         raise ValueError("row_slot and slot_row must be given together")
     if row_slot is None or slot_row is None:
         if weights is not None:
-            check_weights(weights, x.shape[:1], x.device)
+            check_weights(weights, x.shape[:1], x)
             if score_mode != "activation":
                 raise ValueError("weights of rows multiply the activation: score_mode must be 'activation'")
         return x.shape[0]
@@ -110,5 +118,5 @@ def _check_plan(
     if slot_row.shape[0] != x.shape[0]:
         raise ValueError(f"slot_row must have a row per token of x, found {list(slot_row.shape)} and {list(x.shape)}")
     if weights is not None:
-        check_weights(weights, slot_row.shape, x.device)
+        check_weights(weights, slot_row.shape, x)
     return row_slot.shape[0]

@@ -1,6 +1,7 @@
 """The experts by PyTorch's grouped matrix products, for GPUs and cases that have none of our kernels.
 
-Autograd is PyTorch's own. There is no host sync and no padding: `grouped_mm` reads the offsets on the device.
+Autograd is PyTorch's own. In bfloat16 on Hopper and Blackwell `grouped_mm` reads the offsets on the device, so there is
+no host sync; for other dtypes and GPUs PyTorch's implementation of it waits for them.
 """
 
 import torch
@@ -38,11 +39,12 @@ def _experts(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offsets: Tensor, 
     rows, w1, w2, w3 = _aligned(rows, w1, w2, w3)
 
     def product(a: Tensor, w: Tensor) -> Tensor:
-        return torch.where(belongs, F.grouped_mm(torch.where(belongs, a, 0), w.transpose(1, 2), offs=ends), 0)
+        return torch.where(belongs, F.grouped_mm(a, w.transpose(1, 2), offs=ends), 0)
 
+    rows = torch.where(belongs, rows, 0)
     activation = F.silu(product(rows, w1)) * product(rows, w3)
     if row_weight is not None:
-        activation = (activation * row_weight[:, None]).to(rows.dtype)
+        activation = (activation * torch.where(belongs, row_weight[:, None], 0)).to(rows.dtype)
     return product(activation, w2)[:, :dim]
 
 

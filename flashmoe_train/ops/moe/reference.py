@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashmoe_train.ops.moe.checks import accumulation_dtype, check
+from flashmoe_train.ops.library import accumulation_dtype
+from flashmoe_train.ops.moe.checks import check
 from flashmoe_train.ops.moe.rows import moe_combine, moe_permute
 
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS
-from flashmoe_train.ops.moe.checks import accumulation_dtype, check_matrix
+from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype
+from flashmoe_train.ops.moe.checks import check_matrix
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "topk_softmax")
 ScoreFunction = Literal["softmax", "sigmoid", "topk_softmax"]

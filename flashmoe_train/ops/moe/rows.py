@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS
-from flashmoe_train.ops.moe.checks import accumulation_dtype, check_indices, check_matrix, check_weights
+from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype
+from flashmoe_train.ops.moe.checks import check_indices, check_matrix, check_weights
 
 LIBRARY.define("moe_permute(Tensor x, Tensor row_slot, Tensor slot_row) -> Tensor rows", tags=TAGS)
 LIBRARY.define("moe_combine(Tensor rows, Tensor slot_row, Tensor? weights) -> Tensor out", tags=TAGS)
@@ -57,7 +57,7 @@ def _check_combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> No
     check_matrix("rows", rows)
     check_indices("slot_row", slot_row, 2, rows.device)
     if weights is not None:
-        check_weights(weights, slot_row.shape, rows.device)
+        check_weights(weights, slot_row.shape, rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- reference

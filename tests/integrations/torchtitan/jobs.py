@@ -89,9 +89,9 @@ def stock_and_swapped(tables: dict[str, Any], layers: int, layouts: dict[str, li
     _train_all(tables, layers, runs, root)
 
 
-def one_choice(tables: dict[str, Any], layers: int, choice: str, overrides: list[str], root: Path) -> None:
-    """Trains one layout with either; it is named after the choice."""
-    _train_all(tables, layers, [(choice, choice, overrides)], root)
+def one_choice(tables: dict[str, Any], layers: int, choice: str, overrides: list[str], layout: str, root: Path) -> None:
+    """Trains one layout with one of them."""
+    _train_all(tables, layers, [(layout, choice, overrides)], root)
 
 
 def _train_all(tables: dict[str, Any], layers: int, runs: list[tuple[str, str, list[str]]], root: Path) -> None:
@@ -103,7 +103,7 @@ def _train_all(tables: dict[str, Any], layers: int, runs: list[tuple[str, str, l
         if result is not None:
             losses.setdefault(layout, {})[choice] = result
     if losses:
-        name = "_".join([*losses, str(dist.get_rank())])
+        name = "_".join([*losses, str(dist.get_rank())]).replace(" ", "")
         (root / f"losses_{name}.json").write_text(json.dumps(losses))
 
 

@@ -107,6 +107,37 @@ def test_refuses_context_parallelism_and_float8() -> None:
         FlashMoEConverter(config(model={"converters": ["float8", "flashmoe"]}), dims())
 
 
+def test_stock_parts_are_not_refused_for_what_the_swap_cannot_do() -> None:
+    stock = config(flashmoe={"attention": "stock"}, model={"flavor": "debugmodel_flex_attn"})
+    FlashMoEConverter(stock, dims(cp_enabled=True))
+    FlashMoEConverter(stock, dims(pp_enabled=True))
+
+
+def test_blocks_of_another_class_are_refused_rather_than_left_stock() -> None:
+    model = build("debugmodel", "gpt_oss")
+    with pytest.raises(UsageError, match="GptOssMoE: a class derived from what is swapped"):
+        FlashMoEConverter(config(flashmoe={"attention": "stock"}), dims()).convert(model)
+
+
+@pytest.mark.parametrize(
+    "choices, text",
+    [
+        (FlashMoE(), "no compiled attention.*; .*no compiled mixture-of-experts.*; --allow-fallback"),
+        (FlashMoE(attention="stock"), "^this installation has no compiled mixture-of-experts"),
+    ],
+)
+def test_refuses_to_train_slowly_on_hopper(choices: FlashMoE, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for operator in ("attention", "moe"):
+        monkeypatch.setattr(f"flashmoe_train.ops.{operator}.has_kernel", lambda name, device: False)
+    with pytest.raises(UsageError, match=text):
+        compat.check_kernels(choices)
+    compat.check_kernels(FlashMoE(attention="stock", moe="stock"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    compat.check_kernels(choices)
+
+
 def test_refuses_an_unknown_choice_where_torchtitan_does_not_check() -> None:
     with pytest.raises(UsageError, match=r"\[flashmoe\] attention must be 'flashmoe' or 'stock', found 'fast'"):
         validate(FlashMoE(attention="fast"))
@@ -117,10 +148,10 @@ def test_refuses_what_stock_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     job_config = config(activation_checkpoint=selective, compile={"enable": True})
     monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0+cpu")
     with pytest.raises(UsageError, match=r"torch 2.13 cannot run tensor parallelism \+ compile \+ selective op"):
-        compat.check_job(job_config, dims(tp_enabled=True))
-    compat.check_job(config(activation_checkpoint=selective), dims(tp_enabled=True))
+        compat.check_job(job_config, dims(tp_enabled=True), FlashMoE())
+    compat.check_job(config(activation_checkpoint=selective), dims(tp_enabled=True), FlashMoE())
     monkeypatch.setattr("importlib.metadata.version", lambda name: "2.11.0")
-    compat.check_job(job_config, dims(tp_enabled=True))
+    compat.check_job(job_config, dims(tp_enabled=True), FlashMoE())
 
 
 def test_every_feature_of_versions_toml_is_known() -> None:
@@ -132,11 +163,12 @@ def test_every_feature_of_versions_toml_is_known() -> None:
         assert set(entry["features"]) <= known
 
 
-def test_refuses_other_torchtitans(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_other_torchtitans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="TorchTitan is not installed: pip install"):
         compat.check_installed()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "torchtitan" else None)
+    spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.3.0")
     with pytest.raises(UsageError, match=r"torchtitan 0.3.0 has no model converters(?s:.*)\| torchtitan \| 0.2.2"):
         compat.check_installed()

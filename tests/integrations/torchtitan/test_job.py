@@ -25,6 +25,7 @@ def test_accepts_a_job() -> None:
     assert (parsed.training.steps, parsed.optimizer.lr, parsed.flashmoe.attention) == (8, 1, "flashmoe")
     config("parallelism.tensor_parallel_degree=2", processes=4)
     config("parallelism.data_parallel_shard_degree=4", processes=4)
+    config("model.name=deepseek_v3", "parallelism.expert_parallel_degree=2", processes=2)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,12 @@ def test_accepts_a_job() -> None:
         ("training.dataloader=3", r"\[training\] dataloader must be a table, found 3"),
         ("training.steps=ten", r"\[training\] steps = 'ten': .*valid integer"),
         ("flashmoe.attention=fast", r"\[flashmoe\] attention = 'fast': .*'flashmoe' or 'stock'"),
-        ("compile.enable=maybe", r"\[compile\] enable = 'maybe'"),
+        ("compile.enable=False", r"\[compile\] enable = 'False': .*valid boolean"),
+        ("training.steps='10'", r"\[training\] steps = '10': .*valid integer"),
+        ("parallelism.tensor_parallel_degree=0", r"tensor_parallel_degree must be at least 1, found 0"),
+        ("parallelism.data_parallel_shard_degree=0", r"must be at least 1, or -1 for all that is left, found 0"),
+        ("parallelism.expert_parallel_degree=2", r"expert_parallel_degree 2: debugmodel has no experts"),
+        ("checkpoint.create_seed_checkpoint=true", r"create_seed_checkpoint needs enable = true and one process"),
         ("model.name=llama33", r"\[model\] name = 'llama33' is not a model; did you mean 'llama3'\?"),
         ("model.flavor=debug", r"\[model\] flavor = 'debug' does not exist; did you mean 'debugmodel'\?"),
         ("training.dataset=foo", r"\[training\] dataset = 'foo' does not exist; possible: .*torch_sources"),
@@ -52,3 +58,30 @@ def test_names_the_mistake(override: str, text: str) -> None:
 def test_names_several_wrong_types_at_once() -> None:
     with pytest.raises(UsageError, match=r"(?s)\[optimizer\] lr.*\[training\] steps"):
         config("training.steps=ten", "optimizer.lr=[1]")
+
+
+@pytest.mark.parametrize(
+    "degree, processes, text",
+    [
+        (3, 3, "expert_parallel_degree 3 does not divide the 8 experts"),
+        (4, 2, r"expert_parallel_degree 4 × expert_tensor_parallel_degree 1 must divide the 2 processes"),
+    ],
+)
+def test_expert_parallelism_must_fit(degree: int, processes: int, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        config("model.name=deepseek_v3", f"parallelism.expert_parallel_degree={degree}", processes=processes)
+
+
+@pytest.mark.parametrize("processes, degree", [(1, 1), (2, 2), (3, 1), (4, 4), (6, 2), (16, 8)])
+def test_minus_one_spreads_the_experts_as_far_as_they_go(processes: int, degree: int) -> None:
+    tables = {"model": {"name": "deepseek_v3"}, "parallelism": {"expert_parallel_degree": -1}}
+    assert job.with_defaults(tables, processes)["parallelism"]["expert_parallel_degree"] == degree
+    assert tables["parallelism"]["expert_parallel_degree"] == -1
+
+
+def test_defaults_replace_nothing() -> None:
+    tables = {"model": {"hf_assets_path": "mine"}, "training": {"dataset": "c4", "mixed_precision_param": "bfloat16"}}
+    assert job.with_defaults(tables, 1) == tables
+    assert job.with_defaults({}, 1)["training"]["dataset"] == "torch_sources"
+    with pytest.raises(UsageError, match=r"\[training\] must be a table, found 3"):
+        job.parse(job.with_defaults({"training": 3}, 1))

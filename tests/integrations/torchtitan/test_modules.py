@@ -129,3 +129,37 @@ def test_moe_block_routes_everything_in_one_operator() -> None:
     with CountOperators() as counter:
         block(torch.randn(2, 5, 16)).sum().backward()
     assert counter.counts["moe_forward"] == counter.counts["moe_backward"] == counter.counts["route_plan"] == 1
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "deepseek_v3"])
+def test_equals_stock_under_autocast(family: str) -> None:
+    """A single GPU trains under autocast: whatever dtypes a model hands over, attention and experts compute in its."""
+    model = small(family, "sdpa")
+    tokens = torch.randint(VOCABULARY, (2, 40))
+
+    def run() -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(tokens)
+        return [logits, *torch.autograd.grad(logits.float().logsumexp(-1).mean(), tuple(model.parameters()))]
+
+    stock = run()
+    swap_modules(model, attention.swaps(model))
+    swap_modules(model, moe.swaps(model), optional=True)
+    for found, wanted in zip(run(), stock, strict=True):
+        assert found.dtype == wanted.dtype
+        error = (found - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6)
+        assert error < 0.05, error
+
+
+def test_document_masks_compile_for_every_number_of_documents() -> None:
+    model = small("llama3", "flex")
+    swap_modules(model, attention.swaps(model))
+    compiled = torch.compile(model.layers["0"].attention, fullgraph=True, dynamic=True)
+    x, rope = torch.randn(2, 40, 64), model.freqs_cis
+    for documents in (0, 3, 7, 12):
+        tokens = torch.full((2, 40), EOS + 1)
+        tokens[0, 3 : 3 + documents] = EOS
+        mask = model.get_attention_masks(tokens, types.SimpleNamespace(eos_id=EOS))
+        with torch._dynamo.config.patch(error_on_recompile=documents > 3):  # one and several may differ, no more
+            found = compiled(x, rope, mask)
+        torch.testing.assert_close(found, model.layers["0"].attention(x, rope, mask))

@@ -17,15 +17,16 @@ ETP2 = ["parallelism.expert_tensor_parallel_degree=2"]
 FULL = ["activation_checkpoint.mode=full"]
 COMPILED = ["compile.enable=true"]
 
-# (model, flavor, layers: 0 keeps the flavor's)
+# (model, flavor, layers: 0 keeps the flavor's). Cut where the whole model takes minutes: qwen3's has 300 million
+# parameters, and every layout trains twice.
 LLAMA3 = ("llama3", "debugmodel", 0)
 DEEPSEEK = ("deepseek_v3", "debugmodel", 0)
-QWEN3 = ("qwen3", "debugmodel_moe", 0)
-QWEN3_CUT = ("qwen3", "debugmodel_moe", 2)  # whole, its 300 million parameters take minutes to exchange over gloo
+DEEPSEEK_CUT = ("deepseek_v3", "debugmodel", 3)
+QWEN3_CUT = ("qwen3", "debugmodel_moe", 2)
 
-# The bar is 1e-5 for dense models and 1e-4 for MoE, where stock rounds to bfloat16. Compared with stock's
-# float32 experts the largest difference seen is 1e-6 (2.4e-5 for qwen3's 64 experts over two processes).
-TOLERANCE = {"llama3": 1e-5, "deepseek_v3": 1e-5, "qwen3": 1e-4}
+# Compared with stock's float32 experts the largest differences seen are 1e-6 for llama3, 5e-7 for deepseek_v3 (5e-5
+# under pipeline parallelism, whose gradients stock scales up by two orders of magnitude) and 2.4e-5 for qwen3.
+TOLERANCE = {"llama3": 1e-5, "deepseek_v3": 1e-4, "qwen3": 1e-4}
 
 slow = pytest.mark.slow
 
@@ -37,14 +38,14 @@ slow = pytest.mark.slow
         (LLAMA3, 2, {"FSDP2": FSDP2, "FSDP2, selective": SELECTIVE, "TP2": TP2, "PP2": PP2}),
         (DEEPSEEK, 1, {"one process": [], "one process, full": FULL}),
         (DEEPSEEK, 2, {"FSDP2 + EP2": EP2}),
-        pytest.param(DEEPSEEK, 2, {"FSDP2": FSDP2, "TP2": TP2, "PP2": PP2}, marks=slow),
+        pytest.param(DEEPSEEK_CUT, 2, {"FSDP2, selective": SELECTIVE, "TP2": TP2, "PP2": PP2}, marks=slow),
         pytest.param(
             DEEPSEEK, 4, {"FSDP2 + TP2 + EP2": TP2 + EP2, "FSDP2 + TP2 + EP2 + ETP2": TP2 + EP2 + ETP2}, marks=slow
         ),
-        pytest.param(QWEN3, 1, {"one process": []}, marks=slow),
+        pytest.param(QWEN3_CUT, 1, {"one process": []}, marks=slow),
         pytest.param(QWEN3_CUT, 2, {"FSDP2 + EP2": EP2}, marks=slow),
         pytest.param(LLAMA3, 1, {"compiled": COMPILED}, marks=slow),
-        pytest.param(DEEPSEEK, 1, {"compiled": COMPILED}, marks=slow),
+        pytest.param(DEEPSEEK_CUT, 1, {"compiled": COMPILED}, marks=slow),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
@@ -64,11 +65,16 @@ def test_swapped_equals_stock(
         assert difference <= TOLERANCE[name], f"{layout}: stock {stock}, swapped {swapped}"
 
 
-def test_qwen3_tensor_parallel_equals_one_process(tmp_path: Path) -> None:
-    """Under tensor parallelism qwen3 hands DTensors to attention; stock cannot run that on a CPU, one process can."""
-    tables = jobs.tables_of("qwen3", "debugmodel", tmp_path / "run")
+@pytest.mark.parametrize(
+    "name, flavor, yardstick", [("qwen3", "debugmodel", "stock"), ("llama3", "debugmodel_flex_attn", "flashmoe")]
+)
+def test_tensor_parallel_equals_one_process(name: str, flavor: str, yardstick: str, tmp_path: Path) -> None:
+    """What stock cannot run on a CPU: qwen3's DTensors in attention, and document masks. One process can."""
+    tables = jobs.tables_of(name, flavor, tmp_path / "run")
     processes.run(jobs.write_seed_checkpoint, tables, 2, tmp_path, processes=1)
-    processes.run(jobs.one_choice, tables, 2, "stock", [], tmp_path, processes=1)
-    processes.run(jobs.one_choice, tables, 2, "flashmoe", TP2, tmp_path, processes=2)
+    processes.run(jobs.one_choice, tables, 2, yardstick, [], "one process", tmp_path, processes=1)
+    processes.run(jobs.one_choice, tables, 2, "flashmoe", TP2, "TP2", tmp_path, processes=2)
     losses = jobs.read_losses(tmp_path)
-    torch.testing.assert_close(losses["flashmoe"]["flashmoe"], losses["stock"]["stock"], rtol=0, atol=1e-4)
+    found, wanted = losses["TP2"]["flashmoe"], losses["one process"][yardstick]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert found[-1] < found[0] - 0.5
