@@ -1,7 +1,9 @@
 """The program that torchrun starts on every process: `torchrun ... -m flashmoe_train.train RECIPE [key=value ...]`."""
 
 import os
+import shutil
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,7 +27,13 @@ def train(recipe: str, overrides: list[str], allow_fallback: bool) -> None:
         raise UsageError("this program is started by torchrun; `flashmoe train` does that for you")
     from flashmoe_train.integrations.torchtitan import runner
 
-    runner.run(job, f"flashmoe train {recipe} training.steps=200", allow_fallback)
+    runner.run(job, f"{_command()} train {recipe} training.steps=200", allow_fallback)
+
+
+def _command() -> str:
+    """How the user starts `flashmoe` from here: by its path if its environment is not activated."""
+    beside_python = Path(sys.executable).with_name("flashmoe")
+    return "flashmoe" if shutil.which("flashmoe") or not beside_python.exists() else os.path.relpath(beside_python)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

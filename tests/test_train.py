@@ -58,3 +58,12 @@ def test_needs_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UsageError, match="started by torchrun"):
         train.train("quickstart", [], allow_fallback=False)
+
+
+def test_next_command_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "flashmoe").touch()
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert Path(train._command()).resolve() == tmp_path / "flashmoe"
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    assert train._command() == "flashmoe"
