@@ -131,5 +131,5 @@ def _swap_table(swaps: Report) -> Table:
     for modules, found, became, count in swaps.summary():
         table.add_row(modules, found, became, str(count))
     if not swaps.rows:
-        table.add_row("nothing: every choice is 'stock'", "", "", "0")
+        table.add_row("nothing", "", "", "0")
     return table

@@ -33,7 +33,8 @@ def test_trains_and_reports(tmp_path: Path) -> None:
     ]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list(run.glob("tb/*/events.out.tfevents.*"))
-    assert "Training starts at step 1" in (run / "log_rank0.txt").read_text()
+    log = (run / "log_rank0.txt").read_text()
+    assert "the job sets no [model] hf_assets_path, taking 'bytes'" in log and "Training starts at step 1" in log
     for text in ("What was swapped", "FlashMoEAttention", "held-out loss", "tensorboard --logdir", "loss.png", "next"):
         assert text in result.stdout
 

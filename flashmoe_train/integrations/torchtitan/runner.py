@@ -2,6 +2,7 @@
 
 import logging
 import os
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from flashmoe_train.swap import Report
 
 def run(tables: dict[str, Any], next_command: str, allow_fallback: bool) -> None:
     """Trains the job in this process, one of those torchrun started. Console output comes from one process only."""
-    logging.root.addHandler(logging.NullHandler())  # until the run's folder is known
+    early = _keep_log_lines()
     world_size = int(os.environ["WORLD_SIZE"])
     config = job.parse(job.with_defaults(tables, world_size))
     job.check(config, world_size)
-    if not allow_fallback:
+    if not allow_fallback and "flashmoe" in config.model.converters:
         compat.check_kernels(converter.choices(config))
     config.metrics.enable_tensorboard = True
     folder = Path(config.job.dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _log_to(folder / f"log_rank{os.environ['RANK']}.txt")
+    _log_to(folder / f"log_rank{os.environ['RANK']}.txt", early)
     if config.model.hf_assets_path == job.BYTE_TOKENIZER:
         config.model.hf_assets_path = str(data.write_byte_tokenizer(folder / "byte_tokenizer"))
 
@@ -44,13 +45,22 @@ def run(tables: dict[str, Any], next_command: str, allow_fallback: bool) -> None
             dist.destroy_process_group()
 
 
-def _log_to(path: Path) -> None:
-    """TorchTitan logs every setting and step through the root logger: that goes to a file, the screen stays ours."""
+def _keep_log_lines() -> MemoryHandler:
+    """TorchTitan logs every setting and step through the root logger: that goes to a file, the screen stays ours. Until
+    the run's folder is known the lines are kept."""
     logging.captureWarnings(True)
+    logging.root.setLevel(logging.INFO)
+    early = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+    logging.root.handlers[:] = [early]
+    return early
+
+
+def _log_to(path: Path, early: MemoryHandler) -> None:
     handler = logging.FileHandler(path, mode="w")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    early.setTarget(handler)
+    early.close()
     logging.root.handlers[:] = [handler]
-    logging.root.setLevel(logging.INFO)
 
 
 class MonitoredTrainer(Trainer):
