@@ -24,8 +24,9 @@ DEEPSEEK = ("deepseek_v3", "debugmodel", 0)
 DEEPSEEK_CUT = ("deepseek_v3", "debugmodel", 3)
 QWEN3_CUT = ("qwen3", "debugmodel_moe", 2)
 
-# Compared with stock's float32 experts the largest differences seen are 1e-6 for llama3, 5e-7 for deepseek_v3 (5e-5
-# under pipeline parallelism, whose gradients stock scales up by two orders of magnitude) and 2.4e-5 for qwen3.
+# Compared with stock's float32 experts the largest differences seen are 1e-6 for llama3, 5e-7 for deepseek_v3 and
+# 2.4e-5 for qwen3. Under pipeline parallelism, whose gradients stock scales up by two orders of magnitude, rounding grows
+# faster: 5e-5 for deepseek_v3 (2e-4 if cut to three layers).
 TOLERANCE = {"llama3": 1e-5, "deepseek_v3": 1e-4, "qwen3": 1e-4}
 
 slow = pytest.mark.slow
@@ -38,7 +39,8 @@ slow = pytest.mark.slow
         (LLAMA3, 2, {"FSDP2": FSDP2, "FSDP2, selective": SELECTIVE, "TP2": TP2, "PP2": PP2}),
         (DEEPSEEK, 1, {"one process": [], "one process, full": FULL}),
         (DEEPSEEK, 2, {"FSDP2 + EP2": EP2}),
-        pytest.param(DEEPSEEK_CUT, 2, {"FSDP2, selective": SELECTIVE, "TP2": TP2, "PP2": PP2}, marks=slow),
+        pytest.param(DEEPSEEK_CUT, 2, {"FSDP2, selective": SELECTIVE, "TP2": TP2}, marks=slow),
+        pytest.param(DEEPSEEK, 2, {"PP2": PP2}, marks=slow),
         pytest.param(
             DEEPSEEK, 4, {"FSDP2 + TP2 + EP2": TP2 + EP2, "FSDP2 + TP2 + EP2 + ETP2": TP2 + EP2 + ETP2}, marks=slow
         ),
