@@ -28,7 +28,7 @@ QWEN3_CUT = ("qwen3", "debugmodel_moe", 2)
 # 2.4e-5 for qwen3.
 TOLERANCE = {"llama3": 1e-5, "deepseek_v3": 1e-4, "qwen3": 1e-4}
 # Under pipeline parallelism stock scales gradients up by two orders of magnitude and rounding grows from step to step,
-# not equally in every run: 2.4e-7 and 4.5e-5 were seen for deepseek_v3, 2e-4 cut to three layers.
+# not equally in every run: from 2.4e-7 to 2.6e-4 were seen for deepseek_v3.
 TOLERANCE_PIPELINE_MOE = 1e-3
 
 slow = pytest.mark.slow
