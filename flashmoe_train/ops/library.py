@@ -4,6 +4,8 @@ Python owns the operators (schema, reference, fake, autograd); compiled code onl
 the operators exist, with the same schemas, on a machine that has no compiler and no GPU.
 """
 
+import itertools
+
 import torch
 
 LIBRARY = torch.library.Library("flashmoe", "DEF")
@@ -18,6 +20,17 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the sums and statistics behind tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def segments(name: str, bounds: torch.Tensor, rows: int) -> list[tuple[int, int]]:
+    """(begin, end) of each segment that `bounds` `[segments + 1]` cuts `rows` rows into. Reads values: for references.
+
+    Raises ValueError that names the argument unless the bounds start at 0, do not decrease and end within the rows.
+    """
+    values = bounds.tolist()
+    if values[0] != 0 or values[-1] > rows or any(a > b for a, b in itertools.pairwise(values)):
+        raise ValueError(f"{name} must start at 0, not decrease and end within the {rows} rows, found {values}")
+    return list(itertools.pairwise(values))
 
 
 @torch.compiler.assume_constant_result

@@ -4,6 +4,7 @@
 what fails without it; none of them touches a machine that has a CUDA GPU.
 """
 
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -45,8 +46,6 @@ def _device_functions() -> None:
 
 
 def _physical_memory() -> int:
-    import os
-
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

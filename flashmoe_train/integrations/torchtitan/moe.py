@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.models.moe.moe import GroupedExperts, MoE
 
 from flashmoe_train.ops.moe import moe, moe_combine, moe_permute, moe_rows
+from flashmoe_train.ops.moe.rows import inverse
 from flashmoe_train.swap import Swap
 
 
@@ -56,19 +57,12 @@ class FlashMoEBlock(MoE):
         expert parallelism hook into `experts` (whose weights are then DTensors) and into `reorderer`, which may keep
         only this process' share of the slots; and llama4 multiplies its scores before the experts."""
         row_weights, row_slot, counts = self.reorderer(weights, ids)
-        slot_row = _inverse(row_slot, ids)
+        slot_row = inverse(row_slot, ids.numel()).view(ids.shape)
         rows = moe_permute(x, row_slot.int(), slot_row)
         if self.score_before_experts:
             rows = (rows.float() * row_weights[:, None]).to(x.dtype)
         rows = self.experts(rows, counts)
         return moe_combine(rows.contiguous(), slot_row, None if self.score_before_experts else weights.float())
-
-
-def _inverse(row_slot: Tensor, ids: Tensor) -> Tensor:
-    """slot_row `[T, K]`: the row of each slot of `ids`, -1 for slots that are not in `row_slot` `[R]`."""
-    slot_row = torch.full((ids.numel(),), -1, dtype=torch.int32, device=ids.device)
-    slot_row[row_slot] = torch.arange(row_slot.shape[0], dtype=torch.int32, device=ids.device)
-    return slot_row.view(ids.shape)
 
 
 def _local(w: Tensor) -> Tensor:

@@ -4,24 +4,20 @@ Products accumulate in float32 and round to x's dtype where the kernels do: h, t
 the gradients of h and of the rows.
 """
 
-import itertools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashmoe_train.ops.library import accumulation_dtype
+from flashmoe_train.ops.library import accumulation_dtype, segments
 from flashmoe_train.ops.moe.checks import check
 from flashmoe_train.ops.moe.rows import moe_combine, moe_permute
 
 
 def _experts(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
     """(expert, its rows) of every expert that has rows."""
-    bounds = offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] > rows or any(a > b for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"offsets must start at 0, not decrease and end within the {rows} rows, found {bounds}")
-    for expert, (begin, end) in enumerate(itertools.pairwise(bounds)):
+    for expert, (begin, end) in enumerate(segments("offsets", offsets, rows)):
         if end > begin:
             yield expert, slice(begin, end)
 

@@ -42,6 +42,15 @@ def moe_combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tenso
     return torch.ops.flashmoe.moe_combine(rows, slot_row, weights)
 
 
+def inverse(indices: Tensor, count: int) -> Tensor:
+    """int32 `[count]`: at which (flat) position of `indices` each of 0 ... count - 1 stands, -1 if nowhere. Negative
+    indices are skipped. Turns slot_row into row_slot and back."""
+    flat = indices.reshape(-1).long()
+    positions = torch.arange(flat.shape[0], dtype=torch.int32, device=flat.device)
+    spare = torch.where(flat < 0, count, flat)  # what is skipped writes behind the end
+    return positions.new_full((count + 1,), -1).scatter(0, spare, positions)[:-1]
+
+
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
@@ -102,17 +111,9 @@ def _combine_backward(dout: Tensor, rows: Tensor, slot_row: Tensor, weights: Ten
         dweights[:, k] = products.sum(-1).masked_fill_(slot_row[:, k] < 0, 0)
     if slot_row.numel() == 0:
         return torch.zeros_like(rows, memory_format=torch.contiguous_format), dweights
-    row_slot = _row_slot(slot_row, rows.shape[0])
+    row_slot = inverse(slot_row, rows.shape[0])
     row_weight = weights.reshape(-1)[row_slot.clamp(min=0)].masked_fill_(row_slot < 0, 0)
     return (_permute(dout, row_slot, slot_row) * row_weight[:, None]).to(rows.dtype), dweights
-
-
-def _row_slot(slot_row: Tensor, count: int) -> Tensor:
-    """The inverse of slot_row: `[count]`, -1 in rows without a slot."""
-    slots = torch.arange(slot_row.numel(), dtype=torch.int32, device=slot_row.device)
-    flat = slot_row.reshape(-1).long()
-    spare = torch.where(flat < 0, count, flat)  # slots without a row write behind the end
-    return slots.new_full((count + 1,), -1).scatter(0, spare, slots)[:-1]
 
 
 LIBRARY.impl("moe_permute", _permute, ANY_DEVICE)
@@ -163,7 +164,7 @@ def _combine_autograd(ctx: Any, dout: Tensor) -> tuple[Tensor, None, Tensor | No
         rows, weights = weighted
         drows, dweights = torch.ops.flashmoe.moe_combine_backward(dout.contiguous(), rows, slot_row, weights)
         return drows, None, dweights
-    return moe_permute(dout.contiguous(), _row_slot(slot_row, ctx.count), slot_row), None, None
+    return moe_permute(dout.contiguous(), inverse(slot_row, ctx.count), slot_row), None, None
 
 
 torch.library.register_autograd("flashmoe::moe_permute", _permute_backward, setup_context=_setup_permute, lib=LIBRARY)
