@@ -5,15 +5,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: train test test-all lint clean
+.PHONY: train test test-all lint kernels clean
 
-train: .venv/installed
+train: kernels
 	$(BIN)/flashmoe train quickstart $(ARGS)
 
-test: .venv/installed
+test: kernels
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
-test-all: .venv/installed
+test-all: kernels
 	$(BIN)/pytest $(ARGS)
 
 lint: .venv/installed
@@ -22,11 +22,18 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 # The constraints reach pip's isolated builds too when they come from the environment.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt csrc/CMakeLists.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or later is needed, found {sys.version.split()[0]}; set PYTHON=" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[torchtitan,dev]'
 	@touch $@
 
+# The installation has built the kernels, if there is nvcc; later changes are compiled here, in seconds.
+LIBRARY := flashmoe_train/libflashmoe_cuda.so
+kernels: .venv/installed
+	@if [ -e $(LIBRARY) ] && [ -n "$$(find csrc -newer $(LIBRARY))" ]; then \
+		cmake -S csrc -B build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python && cmake --build build --parallel; \
+	fi
+
 clean:
-	rm -rf .venv build dist outputs
+	rm -rf .venv build dist outputs $(LIBRARY)

@@ -1,5 +1,7 @@
-"""A wheel, installed anywhere, brings its recipes and versions along."""
+"""A wheel, installed anywhere, brings its recipes, its versions and, where nvcc built it, its library along."""
 
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,10 +15,12 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_wheel_is_complete(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
-    (wheel,) = tmp_path.glob("flashmoe_train-*-py3-none-*.whl")
+    environment = os.environ | {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], env=environment, check=True)
+    (wheel,) = tmp_path.glob("flashmoe_train-*-py3-none-linux_x86_64.whl")
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    assert (site / "flashmoe_train/libflashmoe_cuda.so").exists() == (shutil.which("nvcc") is not None)
     program = (
         # -S: without this environment's own, editable installation, but with its torch.
         f"import sys; sys.path[:0] = {[str(site), sysconfig.get_path('purelib')]!r}\n"

@@ -5,6 +5,7 @@ the operators exist, with the same schemas, on a machine that has no compiler an
 """
 
 import itertools
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,14 @@ LIBRARY = torch.library.Library("flashmoe", "DEF")
 
 # Dispatch key of a reference that runs on every device by PyTorch's own operations; a kernel for a device replaces it.
 ANY_DEVICE = "CompositeExplicitAutograd"
+
+# The CUDA implementations, built where nvcc is found; a PyTorch without CUDA could not load them.
+CUDA_LIBRARY = Path(__file__).parents[1] / "libflashmoe_cuda.so"
+if torch.version.cuda and CUDA_LIBRARY.exists():
+    torch.ops.load_library(CUDA_LIBRARY)
+
+# The operators that it implements: a test holds the library to exactly these.
+COMPILED = frozenset({"moe_permute", "moe_combine", "moe_combine_backward"})
 
 # Operators are functional and safe under torch.compile; the compiler may not reorder the strides it hands them.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)

@@ -27,9 +27,10 @@ LIBRARY.define(
 def moe_permute(x: Tensor, row_slot: Tensor, slot_row: Tensor) -> Tensor:
     """Copies tokens `x` `[T, d]` into the rows `[R, d]` of a plan; rows that belong to nobody are zero.
 
-    `row_slot` and `slot_row` are a RoutePlan's, or of the same form with fewer rows (a part of the slots).
-    Raises ValueError or TypeError that names the argument.
+    `row_slot` and `slot_row` are a RoutePlan's, or of the same form with fewer rows (a part of the slots): each the
+    inverse of the other, which is checked on the CPU only. Raises ValueError or TypeError that names the argument.
     """
+    _check_permute(x, row_slot, slot_row)
     return torch.ops.flashmoe.moe_permute(x, row_slot, slot_row)
 
 
@@ -39,6 +40,7 @@ def moe_combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tenso
 
     Raises ValueError or TypeError that names the argument.
     """
+    _check_combine(rows, slot_row, weights)
     return torch.ops.flashmoe.moe_combine(rows, slot_row, weights)
 
 
@@ -69,13 +71,26 @@ def _check_combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> No
         check_weights(weights, slot_row.shape, rows)
 
 
+def _check_combine_backward(dout: Tensor, rows: Tensor, slot_row: Tensor, weights: Tensor) -> None:
+    _check_combine(rows, slot_row, weights)
+    check_matrix("dout", dout)
+    if dout.shape[0] != slot_row.shape[0] or dout.shape[1] != rows.shape[1]:
+        raise ValueError(f"dout must be [{slot_row.shape[0]}, {rows.shape[1]}], found {list(dout.shape)}")
+    if dout.dtype != rows.dtype:
+        raise TypeError(f"dout must have the dtype of rows, {rows.dtype}, found {dout.dtype}")
+    if dout.device != rows.device:
+        raise ValueError(f"dout must be on {rows.device}, found {dout.device}")
+
+
 # ----------------------------------------------------------------------------------------------------------- reference
 
 
 def _permute(x: Tensor, row_slot: Tensor, slot_row: Tensor) -> Tensor:
     _check_permute(x, row_slot, slot_row)
-    if x.shape[0] == 0:
+    if slot_row.numel() == 0:
         return x.new_zeros(row_slot.shape[0], x.shape[1])
+    if x.device.type == "cpu" and not torch.equal(inverse(slot_row, row_slot.shape[0]), row_slot):
+        raise ValueError("slot_row must be the inverse of row_slot")
     token = row_slot.clamp(min=0) // slot_row.shape[1]
     return x[token].masked_fill_((row_slot < 0)[:, None], 0)
 
@@ -104,7 +119,7 @@ def _combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _combine_backward(dout: Tensor, rows: Tensor, slot_row: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    _check_combine(rows, slot_row, weights)
+    _check_combine_backward(dout, rows, slot_row, weights)
     dweights = torch.empty_like(weights, memory_format=torch.contiguous_format)
     for k in range(slot_row.shape[1]):
         products = _slots(rows, slot_row, k) * dout
@@ -138,7 +153,7 @@ def _(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("flashmoe::moe_combine_backward", lib=LIBRARY)
 def _(dout: Tensor, rows: Tensor, slot_row: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    _check_combine(rows, slot_row, weights)
+    _check_combine_backward(dout, rows, slot_row, weights)
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
 
 

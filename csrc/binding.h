@@ -1,0 +1,61 @@
+// The boundary to PyTorch that all ops.cpp share: checks of arguments, the current stream.
+//
+// Public functions in Python check first and raise ValueError or TypeError. The checks here are for whoever calls
+// torch.ops.flashmoe directly: they raise RuntimeError with the same words, and nothing is read out of bounds.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace flashmoe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Of x's device, as PyTorch has it: kernels are ordered with everything else that runs there.
+inline cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline std::string text(const Tensor& x) {  // its shape: [2, 3]
+  std::string result = "[";
+  for (int64_t i = 0; i < x.dim(); ++i) result += (i ? ", " : "") + std::to_string(x.size(i));
+  return result + "]";
+}
+
+inline void check_device(const char* name, const Tensor& x, const Tensor& first) {
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == first.get_device_index(), name, " must be on CUDA device ",
+                  first.get_device_index(), " like the other tensors");
+}
+
+// A floating-point matrix with a contiguous last dimension.
+inline void check_matrix(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2, name, " must have 2 dimensions, found ", text(x));
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Float ||
+                      type == ScalarType::Double,
+                  name, " must be bfloat16, float16, float32 or float64, found ", torch::headeronly::toString(type));
+  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, name, " must have a contiguous last dimension, found stride ",
+                  x.stride(1));
+  STD_TORCH_CHECK(x.size(1) <= INT32_MAX && x.stride(0) <= INT32_MAX, name,
+                  " must have rows of fewer than 2^31 elements, found ", text(x), " with stride ", x.stride(0));
+}
+
+// An int32 tensor of so many dimensions on the device of `first`.
+inline void check_indices(const char* name, const Tensor& x, int64_t dimensions, const Tensor& first) {
+  STD_TORCH_CHECK(x.dim() == dimensions, name, " must have ", dimensions, " dimensions, found ", text(x));
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int, name, " must be int32, found ",
+                  torch::headeronly::toString(x.scalar_type()));
+  check_device(name, x, first);
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,57 @@
+// The mixture-of-experts kernels as the host sees them: what each computes, its parameters, its launch. No PyTorch here.
+//
+//   T tokens    K slots (experts) per token    R rows, sorted by expert    d model dim
+//
+// Slot (t, k) is computed in row slot_row[t, k]; row r computes slot row_slot[r] = t * K + k; -1 is nobody. Matrices have
+// a contiguous last dimension and a stride, in elements, from row to row. Index values are asserted on the device.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+namespace flashmoe {
+
+enum class DType { bfloat16, float16, float32, float64 };
+
+// rows[r] = x[row_slot[r] / K], zero where row_slot[r] is -1. Bytes are copied as they are, whatever the type.
+struct PermuteParams {
+  const void* x;            // [T, d]
+  const int32_t* row_slot;  // [R]
+  const int32_t* slot_row;  // [T, K], its inverse
+  void* rows;               // [R, d], contiguous
+  int64_t tokens, row_count, dim, x_stride;
+  int slots;                // K
+  int element_size;         // bytes: 2, 4 or 8
+};
+cudaError_t moe_permute(const PermuteParams& params, cudaStream_t stream);
+
+// out[t] = sum over k, in order, of weights[t, k] * rows[slot_row[t, k]], in float32 (float64 for float64 rows).
+struct CombineParams {
+  const void* rows;         // [R, d]
+  const int32_t* slot_row;  // [T, K]
+  const void* weights;      // [T, K] in float32 (float64 for float64 rows), or null: all one
+  void* out;                // [T, d], contiguous
+  int64_t tokens, row_count, dim, rows_stride;
+  int slots;                // K
+  DType dtype;              // of rows and out
+};
+cudaError_t moe_combine(const CombineParams& params, cudaStream_t stream);
+
+// drows[slot_row[t, k]] = weights[t, k] * dout[t], zero in rows of nobody; dweights[t, k] = rows[slot_row[t, k]] . dout[t],
+// zero in slots without a row.
+struct CombineBackwardParams {
+  const void* dout;         // [T, d]
+  const void* rows;         // [R, d]
+  const int32_t* slot_row;  // [T, K]
+  const void* weights;      // [T, K]
+  void* drows;              // [R, d], contiguous
+  void* dweights;           // [T, K]
+  uint8_t* written;         // [R], workspace
+  int64_t tokens, row_count, dim, dout_stride, rows_stride;
+  int slots;                // K
+  DType dtype;              // of dout, rows and drows
+};
+cudaError_t moe_combine_backward(const CombineBackwardParams& params, cudaStream_t stream);
+
+}  // namespace flashmoe

@@ -1,0 +1,122 @@
+// The mixture-of-experts operators on CUDA: checks, allocation, registration. flashmoe_train/ops/moe has their schemas.
+#include <climits>
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "binding.h"
+#include "moe/moe.h"
+
+namespace flashmoe {
+namespace {
+
+using torch::stable::new_empty;
+using torch::stable::accelerator::DeviceGuard;
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::Double: return DType::float64;
+    default: return DType::float32;  // check_matrix let nothing else pass
+  }
+}
+
+void check_weights(const Tensor& weights, const Tensor& slot_row, const Tensor& rows) {
+  STD_TORCH_CHECK(weights.dim() == 2 && weights.size(0) == slot_row.size(0) && weights.size(1) == slot_row.size(1),
+                  "weights must be ", text(slot_row), ", found ", text(weights));
+  const ScalarType wanted = rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(weights.scalar_type() == wanted, "weights must be ", torch::headeronly::toString(wanted), ", found ",
+                  torch::headeronly::toString(weights.scalar_type()));
+  check_device("weights", weights, rows);
+}
+
+int check_slots(const Tensor& slot_row) {
+  STD_TORCH_CHECK(slot_row.size(1) <= INT_MAX, "slot_row must have fewer than 2^31 columns, found ", text(slot_row));
+  return static_cast<int>(slot_row.size(1));
+}
+
+Tensor permute(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row) {
+  check_matrix("x", x);
+  check_indices("row_slot", row_slot, 1, x);
+  check_indices("slot_row", slot_row, 2, x);
+  STD_TORCH_CHECK(slot_row.size(0) == x.size(0), "slot_row must have one row per token of x, found ", text(slot_row),
+                  ", x ", text(x));
+  const DeviceGuard guard(x.get_device_index());
+  const Tensor slots = torch::stable::contiguous(row_slot), index = torch::stable::contiguous(slot_row);
+  Tensor rows = new_empty(x, {row_slot.size(0), x.size(1)});
+  PermuteParams p{};
+  p.x = x.const_data_ptr();
+  p.row_slot = slots.const_data_ptr<int32_t>();
+  p.slot_row = index.const_data_ptr<int32_t>();
+  p.rows = rows.mutable_data_ptr();
+  p.tokens = x.size(0), p.row_count = row_slot.size(0), p.dim = x.size(1), p.x_stride = x.stride(0);
+  p.slots = check_slots(slot_row);
+  p.element_size = dtype_of(x) == DType::float64 ? 8 : dtype_of(x) == DType::float32 ? 4 : 2;
+  STD_CUDA_CHECK(moe_permute(p, current_stream(x)));
+  return rows;
+}
+
+Tensor combine(const Tensor& rows, const Tensor& slot_row, const std::optional<Tensor>& weights) {
+  check_matrix("rows", rows);
+  check_indices("slot_row", slot_row, 2, rows);
+  if (weights) check_weights(*weights, slot_row, rows);
+  const DeviceGuard guard(rows.get_device_index());
+  const Tensor index = torch::stable::contiguous(slot_row);
+  const Tensor factors = weights ? torch::stable::contiguous(*weights) : Tensor();
+  Tensor out = new_empty(rows, {slot_row.size(0), rows.size(1)});
+  CombineParams p{};
+  p.rows = rows.const_data_ptr();
+  p.slot_row = index.const_data_ptr<int32_t>();
+  p.weights = weights ? factors.const_data_ptr() : nullptr;
+  p.out = out.mutable_data_ptr();
+  p.tokens = slot_row.size(0), p.row_count = rows.size(0), p.dim = rows.size(1), p.rows_stride = rows.stride(0);
+  p.slots = check_slots(slot_row);
+  p.dtype = dtype_of(rows);
+  STD_CUDA_CHECK(moe_combine(p, current_stream(rows)));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout, const Tensor& rows, const Tensor& slot_row,
+                                            const Tensor& weights) {
+  check_matrix("rows", rows);
+  check_matrix("dout", dout);
+  check_indices("slot_row", slot_row, 2, rows);
+  check_weights(weights, slot_row, rows);
+  check_device("dout", dout, rows);
+  STD_TORCH_CHECK(dout.size(0) == slot_row.size(0) && dout.size(1) == rows.size(1) &&
+                      dout.scalar_type() == rows.scalar_type(),
+                  "dout must be [", slot_row.size(0), ", ", rows.size(1), "] in the dtype of rows, found ", text(dout),
+                  " ", torch::headeronly::toString(dout.scalar_type()));
+  const DeviceGuard guard(rows.get_device_index());
+  const Tensor index = torch::stable::contiguous(slot_row), factors = torch::stable::contiguous(weights);
+  Tensor drows = new_empty(rows, {rows.size(0), rows.size(1)});
+  Tensor dweights = new_empty(weights, {weights.size(0), weights.size(1)});
+  Tensor written = new_empty(rows, {rows.size(0)}, ScalarType::Byte);
+  CombineBackwardParams p{};
+  p.dout = dout.const_data_ptr();
+  p.rows = rows.const_data_ptr();
+  p.slot_row = index.const_data_ptr<int32_t>();
+  p.weights = factors.const_data_ptr();
+  p.drows = drows.mutable_data_ptr();
+  p.dweights = dweights.mutable_data_ptr();
+  p.written = written.mutable_data_ptr<uint8_t>();
+  p.tokens = slot_row.size(0), p.row_count = rows.size(0), p.dim = rows.size(1);
+  p.dout_stride = dout.stride(0), p.rows_stride = rows.stride(0);
+  p.slots = check_slots(slot_row);
+  p.dtype = dtype_of(rows);
+  STD_CUDA_CHECK(moe_combine_backward(p, current_stream(rows)));
+  return {drows, dweights};
+}
+
+}  // namespace
+}  // namespace flashmoe
+
+STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
+  m.impl("moe_permute", TORCH_BOX(&flashmoe::permute));
+  m.impl("moe_combine", TORCH_BOX(&flashmoe::combine));
+  m.impl("moe_combine_backward", TORCH_BOX(&flashmoe::combine_backward));
+}

@@ -1,0 +1,46 @@
+// What the kernels that move rows share: packs of elements, blocks of warps.
+#pragma once
+
+#include <cassert>
+#include <cstdint>
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "moe/moe.h"
+
+namespace flashmoe {
+
+// N neighbouring elements, moved by one instruction: 16 bytes wherever addresses allow.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T element[N];
+};
+
+// The type of sums of T.
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline bool aligned_to_16(const void* pointer, int64_t stride_bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride_bytes % 16 == 0;
+}
+
+// Eight warps a block, each with work of its own.
+constexpr dim3 WARPS(32, 8);
+
+inline unsigned blocks(int64_t warps) { return unsigned((warps + WARPS.y - 1) / WARPS.y); }
+
+// Calls function(T()) for the element type.
+template <typename Function>
+cudaError_t for_type(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::bfloat16: return function(__nv_bfloat16());
+    case DType::float16: return function(__half());
+    case DType::float32: return function(float());
+    case DType::float64: return function(double());
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace flashmoe

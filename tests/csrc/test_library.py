@@ -1,0 +1,117 @@
+"""The compiled library, as far as a machine without a GPU can judge it: builds it afresh and reads what came out."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+needs_nvcc = pytest.mark.skipif(
+    not (shutil.which(os.environ.get("CUDACXX", "nvcc")) and shutil.which("cmake")), reason="needs nvcc and cmake"
+)
+
+
+class Kernel(NamedTuple):
+    name: str
+    architecture: str
+    spilled: int  # bytes of stores and loads
+
+
+def build(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
+    """Configures and builds into `folder`; returns what the build printed."""
+    options = [
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
+        "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON",
+    ]
+    commands = [
+        ["cmake", "-S", ROOT / "csrc", "-B", folder / "build", *options],
+        ["cmake", "--build", folder / "build", "--parallel", "2", "--verbose"],
+    ]
+    log = ""
+    for command in commands:
+        done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, done.stdout[-5000:]
+        log += done.stdout
+    return log
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("library")
+    log = build(folder)
+    return folder / "libflashmoe_cuda.so", log
+
+
+def kernels(log: str) -> list[Kernel]:
+    """What ptxas says of every kernel (nvcc --resource-usage)."""
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", log, re.S
+    )
+    return [Kernel(name, architecture, int(stores) + int(loads)) for name, architecture, stores, loads in found]
+
+
+@needs_nvcc
+def test_no_kernel_spills(built: tuple[Path, str]) -> None:
+    found = kernels(built[1])
+    names = "\n".join(kernel.name for kernel in found)
+    assert all(name in names for name in ("combine_kernel", "combine_backward_kernel", "permute_kernel"))
+    assert {kernel.architecture for kernel in found} == {"sm_80", "sm_90"}
+    assert not [kernel for kernel in found if kernel.spilled]
+
+
+@needs_nvcc
+def test_compiler_has_nothing_to_say(built: tuple[Path, str]) -> None:
+    """No warning, and none of ptxas' notes C75xx: register budgets that it ignored, wgmma that it serialised."""
+    assert not re.findall(r".*(?:\bwarning\b|\bC75\d\d\b).*", built[1])
+
+
+@needs_nvcc
+def test_every_claimed_operator_has_its_kernel(built: tuple[Path, str]) -> None:
+    """Exactly COMPILED are implemented. RTLD_LAZY: symbols of CUDA are missing here and not needed to register."""
+    program = (
+        "import ctypes, os, sys, torch\n"
+        "from flashmoe_train.ops import attention, moe\n"
+        "from flashmoe_train.ops.library import COMPILED, has_kernel\n"
+        "ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY)\n"
+        "schemas = torch._C._jit_get_all_schemas()\n"
+        "operators = {s.name.removeprefix('flashmoe::') for s in schemas if s.name.startswith('flashmoe::')}\n"
+        "compiled = {op for op in operators if has_kernel(op, 'cuda')}\n"
+        "assert compiled == COMPILED, (compiled, COMPILED)\n"
+        "print(len(compiled))"
+    )
+    found = subprocess.run([sys.executable, "-c", program, built[0]], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) > 0
+
+
+@needs_nvcc
+def test_only_the_stable_abi_is_used(built: tuple[Path, str]) -> None:
+    """One binary for every PyTorch from 2.11 on: no unstable symbol, no CUDA library, no path of this build."""
+    audit = Path(sys.executable).with_name("torch-abi-audit")
+    found = subprocess.run([audit, "--check", "torch", built[0]], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert re.search(r"Min torch: +2\.11\.0", found.stdout)
+    dynamic = subprocess.run(["readelf", "--dynamic", built[0]], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
+    system = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "ld-linux-x86-64.so.2"}
+    assert needed <= {"libtorch.so"} | system
+    assert not re.search("RPATH|RUNPATH", dynamic)
+
+
+def test_without_nvcc_nothing_is_built(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("cmake", "make", "gmake", "ninja", "sh", "uname"):
+        if path := shutil.which(tool):
+            (tools / tool).symlink_to(path)
+    log = build(tmp_path, {"PATH": str(tools), "CUDACXX": str(tools / "nvcc")})
+    assert "no nvcc found, so no CUDA library is built" in log
+    assert not list(tmp_path.glob("*.so"))
