@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -43,6 +44,40 @@ def train(
         ["--standalone", f"--nproc-per-node={processes}", "-m", "flashmoe_train.train", recipe, *(overrides or [])]
         + ["--allow-fallback"] * allow_fallback
     )
+
+
+@app.command()
+def bench(
+    subject: Annotated[
+        str, typer.Argument(help="attention, moe, expert-parallel, train; or one bench, such as moe_parts.")
+    ],
+    cases: Annotated[
+        str | None,
+        typer.Option(
+            help="standard (the default on a GPU), tiny, a pattern of labels ('*causal*'), a recipe to train."
+        ),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write results to a folder, or one bench's to a .json file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw results into a folder, or one bench's to a .png file.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Stored results (file or folder): end with 1 if a ratio got worse.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="How much worse a ratio may be, as a part of it.", min=0)] = 0.05,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is a GPU.")] = None,
+) -> None:
+    """Measures operators beside every baseline that is installed, after checking each result against float64."""
+    from flashmoe_train.bench import Options, run
+
+    try:
+        code = run(Options(subject, cases, json, plot, against, tolerance, device))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(code)
 
 
 def _torchrun(arguments: list[str]) -> None:

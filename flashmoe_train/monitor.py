@@ -24,6 +24,8 @@ class Step:
     loss: float  # nats per token, mean over all processes
     grad_norm: float
     tokens_per_s: float  # per device
+    seconds: float = 0.0  # wall time, mean of the steps since the last logged one
+    peak_gib: float = 0.0  # most memory in use on a device during those; 0 on CPUs
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Monitor:
             "steps": [asdict(step) for step in self.history.steps],
             "heldout": [{"step": step, "loss": loss} for step, loss in self.history.heldout],
             "tokens_per_s_per_device": tokens_per_s,
+            "peak_gib_per_device": max(step.peak_gib for step in self.history.steps),
             "unigram_entropy": unigram_entropy,
         }
         path.write_text(json.dumps(content, indent=1) + "\n")

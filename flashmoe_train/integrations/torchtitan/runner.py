@@ -115,7 +115,14 @@ class _MonitorLogger(BaseLogger):
             self.monitor.log_heldout(step, metrics["validation_metrics/loss"])
         else:
             self.monitor.log_step(
-                Step(step, metrics["loss_metrics/global_avg_loss"], metrics["grad_norm"], metrics["throughput(tps)"])
+                Step(
+                    step,
+                    loss=metrics["loss_metrics/global_avg_loss"],
+                    grad_norm=metrics["grad_norm"],
+                    tokens_per_s=metrics["throughput(tps)"],
+                    seconds=metrics["time_metrics/end_to_end(s)"],
+                    peak_gib=max(0.0, metrics["memory/max_active(GiB)"]),
+                )
             )
 
     def close(self) -> None:

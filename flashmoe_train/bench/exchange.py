@@ -1,0 +1,122 @@
+"""Ways to exchange tokens between the processes that hold the experts, as the bench `expert_parallel` times them.
+
+T tokens a process, d model dim, E experts over W processes, K experts a token. `dispatch` brings every token to the
+experts of its ids, sorted by expert; `combine` brings the experts' rows back and sums them with the router weights.
+"""
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+from flashmoe_train.bench.measure import Unavailable
+from flashmoe_train.bench.peers import import_peer
+
+
+class Dispatched(NamedTuple):
+    rows: Tensor  # [rows of this process' experts, d], sorted by expert
+    counts: Tensor  # [experts here]: rows of each
+    handle: Any  # what combine needs to know
+
+
+class Exchange(Protocol):
+    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Dispatched: ...
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor: ...  # [T, d]
+
+
+class AllToAll:
+    """As TorchTitan does it: permute, exchange the counts, wait for them on the host, exchange a row per slot, sort by
+    expert; and all of that back. Differentiable."""
+
+    def __init__(self, experts: int) -> None:
+        self.experts, self.world = experts, dist.get_world_size()
+        self.group = dist.distributed_c10d._get_default_group()
+
+    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Dispatched:
+        flat = ids.reshape(-1)
+        order = flat.argsort(stable=True)
+        counts = torch.zeros(self.experts, dtype=torch.int64, device=x.device)
+        counts.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int64))
+        arriving = torch.empty_like(counts)  # [W, experts here]
+        dist.all_to_all_single(arriving, counts)
+        splits_out, splits_in = (c.view(self.world, -1).sum(1).tolist() for c in (counts, arriving))
+        token = order // ids.shape[1]
+        rows = all_to_all_single_autograd(x[token], splits_in, splits_out, self.group)
+        here = self.experts // self.world
+        expert = torch.arange(here, device=x.device).repeat(self.world)
+        by_expert = expert.repeat_interleave(arriving, output_size=rows.shape[0]).argsort(stable=True)
+        handle = (by_expert, splits_in, splits_out, order, token, weights)
+        return Dispatched(rows[by_expert], arriving.view(self.world, here).sum(0), handle)
+
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
+        by_expert, splits_in, splits_out, order, token, weights = dispatched.handle
+        by_source = torch.empty_like(by_expert).scatter_(0, by_expert, torch.arange(len(by_expert), device=y.device))
+        rows = all_to_all_single_autograd(y[by_source], splits_out, splits_in, self.group)
+        rows = rows * weights.reshape(-1)[order, None]
+        out = torch.zeros(weights.shape[0], y.shape[1], dtype=torch.float32, device=y.device)
+        return out.index_add(0, token, rows).to(y.dtype)
+
+
+class DeepEP:
+    """DeepEP's buffers inside one node: a token goes once to every process that needs it."""
+
+    def __init__(self, experts: int, dim: int) -> None:
+        deep_ep = import_peer("deep_ep")
+        world = dist.get_world_size()
+        self.experts = experts
+        self.configs = deep_ep.Buffer.get_dispatch_config(world), deep_ep.Buffer.get_combine_config(world)
+        size = max(config.get_nvl_buffer_size_hint(2 * dim, world) for config in self.configs)
+        self.buffer = deep_ep.Buffer(dist.group.WORLD, num_nvl_bytes=size, num_rdma_bytes=0)
+        self.ids_dtype = deep_ep.topk_idx_t
+
+    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Dispatched:
+        ids = ids.to(self.ids_dtype)
+        per_rank, per_node, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(ids, self.experts)
+        rows, arrived_ids, arrived_weights, counts, handle, _ = self.buffer.dispatch(
+            x,
+            topk_idx=ids,
+            topk_weights=weights,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            config=self.configs[0],
+        )
+        # One row per token: expert by expert is the experts' business here.
+        return Dispatched(rows, torch.as_tensor(counts), (arrived_ids, arrived_weights, handle))
+
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
+        return self.buffer.combine(y, dispatched.handle[2], config=self.configs[1])[0]
+
+    def weighted(self, dispatched: Dispatched) -> Tensor:
+        """What identity experts would hand to `combine`: a token's row times its weights on this process."""
+        ids, weights, _ = dispatched.handle
+        return (dispatched.rows * (weights * (ids >= 0)).sum(1, keepdim=True)).to(dispatched.rows.dtype)
+
+
+class PeerCopy:
+    """A floor: as many bytes as a deduplicated exchange needs, pushed into the others' memory by plain copies."""
+
+    def __init__(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise Unavailable("GPUs only")
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        world, rank = dist.get_world_size(), dist.get_rank()
+        self.part = math.ceil(rows / (world - 1))  # to each of the others
+        buffer = symmetric_memory.empty(world * self.part, dim, dtype=dtype, device=device)
+        self.memory = symmetric_memory.rendezvous(buffer, dist.distributed_c10d._get_default_group())
+        self.peers = [
+            self.memory.get_buffer(peer, (self.part, dim), dtype, rank * self.part * dim)
+            for peer in sorted(set(range(world)) - {rank}, key=lambda peer: (peer - rank) % world)
+        ]
+        self.source = torch.randn(self.part, dim, device=device).to(dtype)
+
+    def __call__(self) -> None:
+        self.memory.barrier()
+        for peer in self.peers:
+            peer.copy_(self.source)
+        self.memory.barrier()

@@ -1,0 +1,88 @@
+"""The bench `train_torchtitan`: a recipe trained as stock and with our operators, by the command a user would type.
+
+Rows hold, for both, the median time of a step, tokens/s per device, peak memory per device and the loss of every step.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from flashmoe_train import recipe as recipes
+from flashmoe_train.bench.measure import Bench
+from flashmoe_train.bench.results import OURS, Row
+from flashmoe_train.bench.timing import Stopwatch
+
+STOCK = "stock"
+WARMUP = 5  # steps that compile, allocate and fill caches
+
+
+@dataclass(frozen=True)
+class Case:
+    recipe: str
+    gpus: int  # processes, where there is no GPU
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return " ".join((Path(self.recipe).stem, f"×{self.gpus}", *self.overrides))
+
+    def as_json(self) -> dict[str, Any]:
+        fields = {"recipe": self.recipe, "gpus": self.gpus}
+        return fields | ({"overrides": list(self.overrides)} if self.overrides else {})
+
+
+class TrainBench(Bench):
+    def matching(self, pattern: str) -> Sequence[Case]:
+        """The recipe of that name or path: any can be measured."""
+        return (Case(str(recipes.find(pattern)) if "." in pattern else pattern, _devices()),)
+
+    def measure(self, case: Case, stopwatch: Stopwatch) -> Row:
+        row = Row(case=case.as_json(), label=case.label, flashmoe_path="reference")
+        losses = dict[str, list[float]]()
+        for name in (STOCK, OURS):
+            with tempfile.TemporaryDirectory() as folder:
+                summary = _train(case, "stock" if name == STOCK else "flashmoe", folder)
+            if isinstance(summary, str):
+                row.failed[name] = summary
+                continue
+            steps = summary["steps"]
+            losses[name] = [step["loss"] for step in steps]
+            row.ms[name] = median(step["seconds"] for step in steps[WARMUP:] or steps) * 1e3
+            row.tokens_per_s_per_gpu[name] = median(step["tokens_per_s"] for step in steps[WARMUP:] or steps)
+            row.peak_gib[name] = summary["peak_gib_per_device"]
+        return row.model_copy(update={"loss": losses})
+
+
+def _train(case: Case, swap: str, folder: str) -> dict[str, Any] | str:
+    """The summary of a run, or what it printed last."""
+    overrides = [*case.overrides, f"flashmoe.attention={swap}", f"flashmoe.moe={swap}", f"job.dump_folder={folder}"]
+    command = [sys.executable, "-m", "flashmoe_train.cli", "train", case.recipe, *overrides]
+    done = subprocess.run(
+        [*command, f"--processes={case.gpus}", "--allow-fallback"], capture_output=True, text=True, cwd=folder
+    )
+    if done.returncode != 0:
+        return (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
+    return json.loads((Path(folder) / "summary.json").read_text())
+
+
+def _devices() -> int:  # what `flashmoe train` takes
+    return torch.cuda.device_count() or 2
+
+
+BENCHES = (
+    TrainBench(
+        name="train_torchtitan",
+        title="Training under TorchTitan",
+        rate="tokens_per_s_per_gpu",
+        standard=[Case("quickstart", _devices())],
+        tiny=[Case("quickstart", 2, ("training.steps=8", "validation.enable=false"))],
+    ),
+)
