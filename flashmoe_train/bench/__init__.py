@@ -39,9 +39,9 @@ class Options:
     device: str | None = None
 
     def command(self) -> str:
-        """What to type to get the same."""
+        """What to type to get the same numbers."""
         words = ["flashmoe", "bench", self.subject]
-        for name in ("cases", "json", "plot", "against", "device"):
+        for name in ("cases", "json", "device"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name}", str(value)]
         return shlex.join(words)
