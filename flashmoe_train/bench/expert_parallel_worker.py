@@ -79,10 +79,18 @@ def measure(row: Row, runs: dict[str, Callable[[], tuple[Run, float]]], bound: f
     """Checks every run, times the right ones; the slowest process counts."""
     timed: dict[str, Run] = {}
     for name, make in runs.items():
+        reason, run, error = "", None, 0.0
         try:
             run, error = make()
-        except Unavailable as reason:
-            row.skipped[name] = str(reason)
+        except Exception as problem:  # a peer fails in many ways
+            if name == "all_to_all":
+                raise
+            unavailable = isinstance(problem, Unavailable)
+            reason = str(problem) if unavailable else f"{type(problem).__name__}: {problem}".splitlines()[0]
+        reasons: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+        if run is None or any(reasons):  # what one process cannot do nobody does
+            row.skipped[name] = next(filter(None, reasons))
             continue
         worst = torch.tensor([error], dtype=torch.float64, device=stopwatch.device)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
