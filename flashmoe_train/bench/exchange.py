@@ -100,20 +100,22 @@ class DeepEP:
 class PeerCopy:
     """A floor: as many bytes as a deduplicated exchange needs, pushed into the others' memory by plain copies."""
 
-    def __init__(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        if device.type != "cuda":
+    def __init__(self, rows: int, x: Tensor) -> None:
+        """`rows` of x `[T, d]` leave this process, as many to each of the others."""
+        if x.device.type != "cuda":
             raise Unavailable("GPUs only")
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         world, rank = dist.get_world_size(), dist.get_rank()
-        self.part = math.ceil(rows / (world - 1))  # to each of the others
-        buffer = symmetric_memory.empty(world * self.part, dim, dtype=dtype, device=device)
+        part = math.ceil(rows / (world - 1))
+        tokens, dim = x.shape  # room for all of them from everybody: the same size on every process
+        buffer = symmetric_memory.empty(world * tokens, dim, dtype=x.dtype, device=x.device)
         self.memory = symmetric_memory.rendezvous(buffer, dist.distributed_c10d._get_default_group())
         self.peers = [
-            self.memory.get_buffer(peer, (self.part, dim), dtype, rank * self.part * dim)
+            self.memory.get_buffer(peer, (part, dim), x.dtype, rank * tokens * dim)
             for peer in sorted(set(range(world)) - {rank}, key=lambda peer: (peer - rank) % world)
         ]
-        self.source = torch.randn(self.part, dim, device=device).to(dtype)
+        self.source = x[:part].clone()
 
     def __call__(self) -> None:
         self.memory.barrier()

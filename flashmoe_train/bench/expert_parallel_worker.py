@@ -32,7 +32,7 @@ class Shape:
         torch.manual_seed(self.rank)
         self.ids, self.weights = draw(case.T, case.E, case.K, 0.0, device)
         self.x, self.dout = (torch.randn(case.T, case.d, device=device).to(self.dtype) for _ in range(2))
-        sizes = ((case.n, case.d), (case.d, case.n), (case.n, case.d))  # w1, w2, w3
+        sizes = ((case.n, case.d), (case.d, case.n), (case.n, case.d)) if case.n else ()  # w1, w2, w3
         self.experts = [torch.randn(self.here, *s, device=device).mul_(s[1] ** -0.5).to(self.dtype) for s in sizes]
 
     @property
@@ -140,7 +140,7 @@ def exchange_rows(shape: Shape, stopwatch: Stopwatch) -> dict[str, Row]:
         return run, relative_error(run(), x.double())
 
     def peer_copy() -> tuple[Run, float]:
-        return PeerCopy(sent // (case.d * x.element_size()), case.d, shape.dtype, shape.device), 0.0
+        return PeerCopy(sent // (case.d * x.element_size()), x), 0.0
 
     def ours() -> tuple[Run, float]:
         raise Unavailable("the operators ep_dispatch and ep_combine do not exist yet")

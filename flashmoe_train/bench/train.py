@@ -19,6 +19,7 @@ from flashmoe_train import recipe as recipes
 from flashmoe_train.bench.measure import Bench
 from flashmoe_train.bench.results import OURS, Row
 from flashmoe_train.bench.timing import Stopwatch
+from flashmoe_train.ops.library import has_kernel
 
 STOCK = "stock"
 WARMUP = 5  # steps that compile, allocate and fill caches
@@ -45,7 +46,7 @@ class TrainBench(Bench):
         return (Case(str(recipes.find(pattern)) if "." in pattern else pattern, _devices()),)
 
     def measure(self, case: Case, stopwatch: Stopwatch) -> Row:
-        row = Row(case=case.as_json(), label=case.label, flashmoe_path="reference")
+        row = Row(case=case.as_json(), label=case.label, flashmoe_path=_path())
         losses = dict[str, list[float]]()
         for name in (STOCK, OURS):
             with tempfile.TemporaryDirectory() as folder:
@@ -71,6 +72,12 @@ def _train(case: Case, swap: str, folder: str) -> dict[str, Any] | str:
     if done.returncode != 0:
         return (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
     return json.loads((Path(folder) / "summary.json").read_text())
+
+
+def _path() -> str:
+    if not torch.cuda.is_available():
+        return "reference"
+    return "kernel" if has_kernel("attention_forward", "cuda") and has_kernel("moe_forward", "cuda") else "fallback"
 
 
 def _devices() -> int:  # what `flashmoe train` takes
