@@ -12,6 +12,7 @@ from flashmoe_train.bench.measure import Bench
 from flashmoe_train.bench.results import EVERYBODY, FLOORS, OURS, Results, Row, geometric_mean
 from flashmoe_train.errors import UsageError
 
+FAILED, NOTHING = "FAILED", "–"
 _UNITS = {"tflops": "TFLOP/s", "gb_per_s": "GB/s", "tokens_per_s_per_gpu": "tokens/s per device"}
 
 
@@ -22,41 +23,52 @@ def implementations(rows: Sequence[Row]) -> list[str]:
     return [OURS, *names, *(name for name in FLOORS if name in found)]
 
 
-def show(console: Console, bench: Bench, results: Results) -> None:
-    """The table; below it what was not run, and how we compare with each baseline in the mean."""
-    names = implementations(results.rows)
+def grid(bench: Bench, rows: Sequence[Row]) -> list[list[str]]:
+    """The table of `rows` as text, headings first: each implementation's time and rate, our ratios."""
+    names = implementations(rows)
     floors = [name for name in names if name in FLOORS]
-    unit = f"{'µs' if bench.in_microseconds else 'ms'} ({_UNITS[bench.rate]})"
-    table = Table(title=f"{bench.title}: {unit}, {results.gpu}, torch {results.torch}", box=box.SIMPLE)
-    table.add_column("case")
-    for name in names:
-        table.add_column(name, justify="right")
-    table.add_column("× best baseline", justify="right")
-    for floor in floors:
-        factor = f"{bench.floor_factor:g}·" if bench.floor_factor != 1 else ""
-        table.add_column(f"{factor}{floor}/ours", justify="right")
-    for row in results.rows:
+    factor = f"{bench.floor_factor:g}·" if bench.floor_factor != 1 else ""
+    lines = [["case", *names, "× best baseline", *(f"{factor}{floor}/ours" for floor in floors)]]
+    for row in rows:
         ratio = row.ratio()
         cells = [_cell(row, name, bench) for name in names]
-        cells.append(Text(f"{ratio[1]:.2f} {ratio[0]}" if ratio else "–"))
+        cells.append(f"{ratio[1]:.2f} {ratio[0]}" if ratio else NOTHING)
         for floor in floors:
             both = OURS in row.ms and floor in row.ms
-            cells.append(Text(f"{bench.floor_factor * row.ms[floor] / row.ms[OURS]:.2f}" if both else "–"))
-        table.add_row(row.label, *cells)
+            cells.append(f"{bench.floor_factor * row.ms[floor] / row.ms[OURS]:.2f}" if both else NOTHING)
+        lines.append([row.label, *cells])
+    return lines
+
+
+def unit(bench: Bench) -> str:
+    """Of the cells of `grid`."""
+    return f"{'µs' if bench.in_microseconds else 'ms'} ({_UNITS[bench.rate]})"
+
+
+def show(console: Console, bench: Bench, results: Results) -> None:
+    """The table; below it what was not run, and how we compare with each baseline in the mean."""
+    heading, *lines = grid(bench, results.rows)
+    table = Table(title=f"{bench.title}: {unit(bench)}, {results.gpu}, torch {results.torch}", box=box.SIMPLE)
+    table.add_column(heading[0])
+    for name in heading[1:]:
+        table.add_column(name, justify="right")
+    styles = {FAILED: "bold red", NOTHING: "dim"}
+    for line in lines:
+        table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in line))
     console.print(table)
-    for line in _notes(bench, results):
-        console.print(line, highlight=False, markup=False)
+    for note in _notes(bench, results):
+        console.print(note, highlight=False, markup=False)
 
 
-def _cell(row: Row, name: str, bench: Bench) -> Text:
+def _cell(row: Row, name: str, bench: Bench) -> str:
     if name in row.failed:
-        return Text("FAILED", style="bold red")
+        return FAILED
     if name not in row.ms:
-        return Text("–", style="dim")
+        return NOTHING
     time = row.ms[name] * (1e3 if bench.in_microseconds else 1)
     shown = f"{time:.4g}" if time < 1e4 else f"{time:.0f}"
     rate = getattr(row, bench.rate).get(name)  # a floor may do without the work that is counted
-    return Text(shown if rate is None else f"{shown} ({_rounded(rate)})")
+    return shown if rate is None else f"{shown} ({_rounded(rate)})"
 
 
 def _rounded(rate: float) -> str:
