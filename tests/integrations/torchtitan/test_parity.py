@@ -27,9 +27,6 @@ QWEN3_CUT = ("qwen3", "debugmodel_moe", 2)
 # Compared with stock's float32 experts the largest differences seen are 1e-6 for llama3, 5e-7 for deepseek_v3 and
 # 2.4e-5 for qwen3.
 TOLERANCE = {"llama3": 1e-5, "deepseek_v3": 1e-4, "qwen3": 1e-4}
-# Under pipeline parallelism stock scales gradients up by two orders of magnitude and rounding grows from step to step,
-# not equally in every run: from 2.4e-7 to 2.6e-4 were seen for deepseek_v3.
-TOLERANCE_PIPELINE_MOE = 1e-3
 
 slow = pytest.mark.slow
 
@@ -42,7 +39,6 @@ slow = pytest.mark.slow
         (DEEPSEEK, 1, {"one process": [], "one process, full": FULL}),
         (DEEPSEEK, 2, {"FSDP2 + EP2": EP2}),
         pytest.param(DEEPSEEK_CUT, 2, {"FSDP2, selective": SELECTIVE, "TP2": TP2}, marks=slow),
-        pytest.param(DEEPSEEK, 2, {"PP2": PP2}, marks=slow),
         pytest.param(
             DEEPSEEK, 4, {"FSDP2 + TP2 + EP2": TP2 + EP2, "FSDP2 + TP2 + EP2 + ETP2": TP2 + EP2 + ETP2}, marks=slow
         ),
@@ -66,10 +62,25 @@ def test_swapped_equals_stock(
         assert len(stock) == 8 and stock[-1] < stock[0] - 0.5, f"{layout}: stock does not learn: {stock}"
         difference = (torch.tensor(swapped) - torch.tensor(stock)).abs().max().item()
         print(f"{name} {layout}: largest difference {difference:.1e}")
-        pipeline_moe = layout == "PP2" and name != "llama3"
-        assert difference <= (TOLERANCE_PIPELINE_MOE if pipeline_moe else TOLERANCE[name]), (
-            f"{layout}: stock {stock}, swapped {swapped}"
-        )
+        assert difference <= TOLERANCE[name], f"{layout}: stock {stock}, swapped {swapped}"
+
+
+@slow
+def test_pipeline_of_experts_equals_stock_as_far_as_stock_repeats(tmp_path: Path) -> None:
+    """Stock's gradients are hundreds of times too large under pipeline parallelism and rounding grows with them: runs of
+    stock in the same processes were seen to differ by 3e-4 from each other, and swapped runs to equal one of them."""
+    tables = jobs.tables_of("deepseek_v3", "debugmodel", tmp_path / "run")
+    processes.run(jobs.write_seed_checkpoint, tables, 0, tmp_path, processes=1)
+    layouts = {"PP2": PP2, "PP2 again": PP2}
+    processes.run(jobs.stock_and_swapped, tables, 0, layouts, tmp_path, processes=2)
+    losses = jobs.read_losses(tmp_path)
+    first, second = (torch.tensor(losses[layout]["stock"]) for layout in layouts)
+    spread = (first - second).abs().max().item()
+    for layout in layouts:
+        swapped = torch.tensor(losses[layout]["flashmoe"])
+        difference = min((swapped - stock).abs().max().item() for stock in (first, second))
+        print(f"deepseek_v3 {layout}: difference to the nearer run of stock {difference:.1e}, between those {spread:.1e}")
+        assert difference <= max(3e-4, spread)
 
 
 @pytest.mark.parametrize(
