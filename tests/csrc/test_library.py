@@ -78,6 +78,7 @@ def test_every_claimed_operator_has_its_kernel(built: tuple[Path, str]) -> None:
     """Exactly COMPILED are implemented. RTLD_LAZY: symbols of CUDA are missing here and not needed to register."""
     program = (
         "import ctypes, os, sys, torch\n"
+        "torch.version.cuda = None\n"  # or the package would have loaded the checkout's library already
         "from flashmoe_train.ops import attention, moe\n"
         "from flashmoe_train.ops.library import COMPILED, has_kernel\n"
         "ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY)\n"
@@ -106,12 +107,18 @@ def test_only_the_stable_abi_is_used(built: tuple[Path, str]) -> None:
     assert not re.search("RPATH|RUNPATH", dynamic)
 
 
+@needs_nvcc
+def test_nvcc_that_cannot_compile_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="CUDA"):
+        build(tmp_path, os.environ | {"NVCC_APPEND_FLAGS": "--no-such-option"})
+
+
 def test_without_nvcc_nothing_is_built(tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     for tool in ("cmake", "make", "gmake", "ninja", "sh", "uname"):
         if path := shutil.which(tool):
             (tools / tool).symlink_to(path)
-    log = build(tmp_path, {"PATH": str(tools), "CUDACXX": str(tools / "nvcc")})
+    log = build(tmp_path, {"PATH": str(tools), "CUDACXX": ""})
     assert "no nvcc found, so no CUDA library is built" in log
     assert not list(tmp_path.glob("*.so"))

@@ -41,8 +41,10 @@ def plan(tokens: int, slots: int, spare: int, device: str) -> tuple[Tensor, Tens
     return row_slot.to(device), slot_row.view(tokens, slots).to(device)
 
 
-def padded(x: Tensor, extra: int) -> Tensor:
-    """The same values, with `extra` NaN elements between rows."""
+def padded(x: Tensor, extra: int | None) -> Tensor:
+    """The same values, with `extra` NaN elements between rows; or the first row for all."""
+    if extra is None:
+        return x[:1].expand_as(x) if len(x) else x
     wide = x.new_full((x.shape[0], x.shape[1] + extra), torch.nan)
     wide[:, : x.shape[1]] = x
     return wide[:, : x.shape[1]]
@@ -66,12 +68,13 @@ def test_equals_loops(shape: tuple[int, int, int, int], dtype: torch.dtype, devi
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     weights = torch.rand(tokens, slots, dtype=sums, device=device)
     weights[slot_row < 0] = torch.nan  # of slots without a row: never used
-    for extra in (0, 3, 8):
+    for extra in (0, 3, 8, None):  # elements between rows; None: all rows are one row, of stride 0
         rows, x, dout = (
             padded(torch.randn(n, dim, dtype=torch.float64).to(dtype).to(device), extra)
             for n in (len(row_slot), tokens, tokens)
         )
-        rows[row_slot < 0] = torch.nan
+        if extra is not None:
+            rows[row_slot < 0] = torch.nan
 
         permuted = moe_permute(x, row_slot, slot_row)
         wanted = torch.zeros_like(permuted)
@@ -246,8 +249,26 @@ def wrong_arguments(device: str) -> list[tuple]:
     ]
 
 
+def test_maps_are_one_to_one() -> None:
+    """Checked where reading them makes nobody wait."""
+    twice = torch.tensor([[0, 1], [0, 2]], dtype=torch.int32)
+    x, rows, weights = torch.randn(2, 4), torch.randn(3, 4), torch.ones(2, 2)
+    for call in (
+        lambda: moe_combine(rows, twice, weights),
+        lambda: moe_combine(rows, twice, None),
+        lambda: ops.moe_combine_backward(x, rows, twice, weights),
+    ):
+        with pytest.raises(ValueError, match="slot_row must not name a row twice"):
+            call()
+    row_slot = torch.tensor([0, 1, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="slot_row must be the inverse of row_slot"):
+        moe_permute(x, row_slot, twice)
+    with pytest.raises(ValueError, match="slot_row must be the inverse of row_slot"):
+        moe_permute(x[:0], row_slot, twice[:0])
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("number", range(13))
+@pytest.mark.parametrize("number", range(len(wrong_arguments("cpu"))))
 def test_wrong_argument(number: int, device: str) -> None:
     """Called directly too: by whoever goes past the public functions."""
     operator, arguments, text = wrong_arguments(device)[number]

@@ -38,7 +38,7 @@ def moe_combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tenso
     """Sums the rows `[R, d]` of each token's slots, times `weights` (float32 `[T, K]`), in float32: `[T, d]` in rows'
     dtype.
 
-    Raises ValueError or TypeError that names the argument.
+    No two slots share a row (the gradient would have two writers), which is checked on the CPU only. Raises ValueError or TypeError that names the argument.
     """
     _check_combine(rows, slot_row, weights)
     return torch.ops.flashmoe.moe_combine(rows, slot_row, weights)
@@ -87,12 +87,19 @@ def _check_combine_backward(dout: Tensor, rows: Tensor, slot_row: Tensor, weight
 
 def _permute(x: Tensor, row_slot: Tensor, slot_row: Tensor) -> Tensor:
     _check_permute(x, row_slot, slot_row)
-    if slot_row.numel() == 0:
-        return x.new_zeros(row_slot.shape[0], x.shape[1])
     if x.device.type == "cpu" and not torch.equal(inverse(slot_row, row_slot.shape[0]), row_slot):
         raise ValueError("slot_row must be the inverse of row_slot")
+    if slot_row.numel() == 0:
+        return x.new_zeros(row_slot.shape[0], x.shape[1])
     token = row_slot.clamp(min=0) // slot_row.shape[1]
     return x[token].masked_fill_((row_slot < 0)[:, None], 0)
+
+
+def _check_one_to_one(slot_row: Tensor) -> None:
+    if slot_row.device.type == "cpu":
+        used = slot_row[slot_row >= 0]
+        if used.unique().numel() != used.numel():
+            raise ValueError("slot_row must not name a row twice")
 
 
 def _slots(rows: Tensor, slot_row: Tensor, k: int) -> Tensor:
@@ -106,6 +113,7 @@ def _slots(rows: Tensor, slot_row: Tensor, k: int) -> Tensor:
 
 def _combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tensor:
     _check_combine(rows, slot_row, weights)
+    _check_one_to_one(slot_row)
     out: Tensor | None = None
     for k in range(slot_row.shape[1]):
         term = _slots(rows, slot_row, k)
@@ -120,6 +128,7 @@ def _combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tensor:
 
 def _combine_backward(dout: Tensor, rows: Tensor, slot_row: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     _check_combine_backward(dout, rows, slot_row, weights)
+    _check_one_to_one(slot_row)
     dweights = torch.empty_like(weights, memory_format=torch.contiguous_format)
     for k in range(slot_row.shape[1]):
         products = _slots(rows, slot_row, k) * dout
