@@ -20,7 +20,8 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("flashmoe_train-*-py3-none-linux_x86_64.whl")
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
-    assert (site / "flashmoe_train/libflashmoe_cuda.so").exists() == (shutil.which(os.environ.get("CUDACXX", "nvcc")) is not None)
+    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    assert (site / "flashmoe_train/libflashmoe_cuda.so").exists() == (nvcc is not None)
     program = (
         # -S: without this environment's own, editable installation, but with its torch.
         f"import sys; sys.path[:0] = {[str(site), sysconfig.get_path('purelib')]!r}\n"

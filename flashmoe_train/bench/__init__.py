@@ -14,7 +14,7 @@ from rich.console import Console
 
 from flashmoe_train.bench import attention, expert_parallel, moe, moe_parts, report, train
 from flashmoe_train.bench.measure import Bench, Case
-from flashmoe_train.bench.results import EVERYBODY, OURS, Results, compare, gpu_name, here, read
+from flashmoe_train.bench.results import EVERYBODY, OURS, Results, Row, compare, gpu_name, here, read
 from flashmoe_train.bench.timing import Stopwatch
 from flashmoe_train.errors import UsageError
 
@@ -63,6 +63,10 @@ def run(options: Options, console: Console | None = None) -> int:
     if options.plot:
         report.check_plotting()
     stored = _stored(options.against, benches, gpu_name(device))
+    _check_comparable(selected, stored, options.against)
+    for name, results in stored.items():
+        if results.gpu != gpu_name(device):
+            console.print(f"{name} is compared with results of another GPU, {results.gpu}", highlight=False)
     stopwatch = Stopwatch(device)
     finished, worse, compared = [], list[str](), 0
     for bench, cases in selected:
@@ -99,7 +103,8 @@ def _measure(
         results.rows.append(row)
         if not console.is_terminal:
             ratio = row.ratio()
-            found = row.failed.get(OURS) or row.skipped.get(EVERYBODY) or f"{row.ms.get(OURS, float('nan')):.4g} ms"
+            whys = (why.get(name) for why in (row.failed, row.skipped) for name in (OURS, EVERYBODY))
+            found = f"{row.ms[OURS]:.4g} ms" if OURS in row.ms else next(filter(None, whys), "not run")
             beside = f", {ratio[1]:.2f} × {ratio[0]}" if ratio else ""
             console.print(f"{title}: {found}{beside}", highlight=False, markup=False)
         if bench.name in paths:
@@ -128,6 +133,16 @@ def _select(benches: Sequence[Bench], cases: str) -> list[tuple[Bench, Sequence[
         labels = dict.fromkeys(case.label for bench in benches for case in bench.standard)
         raise UsageError(f"no case matches {cases!r}; there are standard, tiny, and:\n  " + "\n  ".join(labels))
     return [(bench, matching) for bench, matching in found if matching]
+
+
+def _check_comparable(
+    selected: Sequence[tuple[Bench, Sequence[Case]]], stored: dict[str, Results], path: Path | None
+) -> None:
+    """Raises UsageError if none of the cases is stored: before they are measured, not after."""
+    known = {(name, row.key) for name, results in stored.items() for row in results.rows}
+    wanted = {(bench.name, Row(case=case.as_json()).key) for bench, cases in selected for case in cases}
+    if path and not known & wanted:
+        raise UsageError(f"nothing in {path} could be compared: it holds none of these cases")
 
 
 def _device(name: str | None) -> torch.device:

@@ -61,7 +61,8 @@ class AllToAll:
 
 
 class DeepEP:
-    """DeepEP's buffers inside one node: a token goes once to every process that needs it."""
+    """DeepEP's buffers inside one node: a token goes once to every process that needs it. Less than an exchange: rows
+    arrive unsorted, and a token's rows have to be weighted and summed before `combine`."""
 
     def __init__(self, experts: int, dim: int) -> None:
         deep_ep = import_peer("deep_ep")

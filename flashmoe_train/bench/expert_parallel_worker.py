@@ -4,7 +4,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,11 +15,13 @@ from torch import Tensor
 
 from flashmoe_train.bench.exchange import AllToAll, DeepEP, Dispatched, PeerCopy
 from flashmoe_train.bench.expert_parallel import OPS, Case
-from flashmoe_train.bench.measure import ERROR_BOUND, Unavailable, relative_error
+from flashmoe_train.bench.measure import ERROR_BOUND, Unavailable, relative_error, worst
 from flashmoe_train.bench.moe_reference import forward_error, gradient_error
 from flashmoe_train.bench.results import OURS, Row
 from flashmoe_train.bench.routing import draw
 from flashmoe_train.bench.timing import Run, Stopwatch
+
+T = TypeVar("T")
 
 ROUNDS = 20  # the same on every process: all of them have to take part in every round
 
@@ -72,95 +76,95 @@ def layer_error(shape: Shape, results: tuple[Tensor, ...]) -> float:
     out, dx, dw1, dw2, dw3, dweights = (gathered(result) for result in results)
     inputs = [gathered(x) for x in (shape.x, *shape.experts, shape.weights)]
     ids, dout = gathered(shape.ids), gathered(shape.dout)
-    return max(forward_error(inputs, ids, out), gradient_error(inputs, ids, dout, (dx, dw1, dw2, dw3, dweights)))
+    return worst([forward_error(inputs, ids, out), gradient_error(inputs, ids, dout, (dx, dw1, dw2, dw3, dweights))])
 
 
-def measure(row: Row, runs: dict[str, Callable[[], tuple[Run, float]]], bound: float, stopwatch: Stopwatch) -> None:
-    """Checks every run, times the right ones; the slowest process counts."""
+Contender = Callable[[], tuple[Run, Callable[[], float]]]  # sets up; (what is timed, the error of its result)
+
+
+def measure(row: Row, contenders: dict[str, Contender], bound: float, stopwatch: Stopwatch) -> None:
+    """Checks every contender, times the right ones; the slowest process counts."""
     timed: dict[str, Run] = {}
-    for name, make in runs.items():
-        reason, run, error = "", None, 0.0
+    for name, contender in contenders.items():
+        reason = ""
         try:
-            run, error = make()
+            run, error = contender()
         except Exception as problem:  # a peer fails in many ways
-            if name == "all_to_all":
-                raise
             unavailable = isinstance(problem, Unavailable)
             reason = str(problem) if unavailable else f"{type(problem).__name__}: {problem}".splitlines()[0]
-        reasons: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(reasons, reason)
-        if run is None or any(reasons):  # what one process cannot do nobody does
-            row.skipped[name] = next(filter(None, reasons))
+        # What one process cannot set up nobody runs. One that fails later leaves the others waiting: the bench gives
+        # all of them a time limit.
+        if reasons := [reason for reason in everybodys(reason) if reason]:
+            row.skipped[name] = reasons[0]
             continue
-        worst = torch.tensor([error], dtype=torch.float64, device=stopwatch.device)
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-        if worst.item() <= bound:
-            row.error[name] = worst.item()
+        largest = worst(everybodys(error()))
+        if largest <= bound:
+            row.error[name] = largest
             timed[name] = run
         else:
-            row.failed[name] = f"relative error {worst.item():.1e}, allowed {bound:.0e}"
+            row.failed[name] = f"relative error {largest:.1e}, allowed {bound:.0e}"
     for name, ms in stopwatch.medians(timed).items():
-        slowest = torch.tensor([ms], device=stopwatch.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        row.ms[name] = slowest.item()
+        row.ms[name] = max(everybodys(ms))
+
+
+def everybodys(value: T) -> list[T]:
+    """What each process holds."""
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def ours() -> tuple[Run, Callable[[], float]]:
+    raise Unavailable("the operators ep_dispatch and ep_combine do not exist yet")
 
 
 def exchange_rows(shape: Shape, stopwatch: Stopwatch) -> dict[str, Row]:
     case = shape.case
     bound = ERROR_BOUND[shape.dtype]
-    rows = {op: Row(case={}) for op in OPS[:2]}
+    rows = {op: Row() for op in OPS[:2]}
     sent = shape.least_bytes
     x, ids, weights = shape.x, shape.ids, shape.weights
 
-    def all_to_all_dispatch() -> tuple[Run, float]:
+    def all_to_all_dispatch() -> tuple[Run, Callable[[], float]]:
         exchange = AllToAll(case.E)
-        return lambda: exchange.dispatch(x, ids, weights), dispatch_error(
-            shape, exchange.dispatch(x, ids, weights), True
-        )
+        run = partial(exchange.dispatch, x, ids, weights)
+        return run, lambda: dispatch_error(shape, run(), by_expert=True)
 
-    def all_to_all_combine() -> tuple[Run, float]:
+    def all_to_all_combine() -> tuple[Run, Callable[[], float]]:
         exchange = AllToAll(case.E)
         arrived = exchange.dispatch(x, ids, weights)
-        run: Callable[[], Tensor] = lambda: exchange.combine(arrived.rows, arrived)  # noqa: E731
-        return run, relative_error(run(), x.double())  # identity experts, and a token's weights sum to one
+        run = partial(exchange.combine, arrived.rows, arrived)
+        return run, lambda: relative_error(run(), x.double())  # identity experts; a token's weights sum to one
 
-    deep_ep: list[DeepEP] = []
+    def deepep_dispatch() -> tuple[Run, Callable[[], float]]:
+        run = partial(DeepEP(case.E, case.d).dispatch, x, ids, weights)
+        return run, lambda: dispatch_error(shape, run(), by_expert=False)
 
-    def deepep_dispatch() -> tuple[Run, float]:
-        deep_ep.append(DeepEP(case.E, case.d))
-        error = dispatch_error(shape, deep_ep[0].dispatch(x, ids, weights), False)
-        return lambda: deep_ep[0].dispatch(x, ids, weights), error
+    def deepep_combine() -> tuple[Run, Callable[[], float]]:
+        exchange = DeepEP(case.E, case.d)
+        arrived = exchange.dispatch(x, ids, weights)
+        run = partial(exchange.combine, exchange.weighted(arrived), arrived)
+        return run, lambda: relative_error(run(), x.double())
 
-    def deepep_combine() -> tuple[Run, float]:
-        if not deep_ep:
-            raise Unavailable(rows[OPS[0]].skipped["deepep"])
-        arrived = deep_ep[0].dispatch(x, ids, weights)
-        y = deep_ep[0].weighted(arrived)
-        run: Callable[[], Tensor] = lambda: deep_ep[0].combine(y, arrived)  # noqa: E731
-        return run, relative_error(run(), x.double())
-
-    def peer_copy() -> tuple[Run, float]:
-        return PeerCopy(sent // (case.d * x.element_size()), x), 0.0
-
-    def ours() -> tuple[Run, float]:
-        raise Unavailable("the operators ep_dispatch and ep_combine do not exist yet")
+    def peer_copy() -> tuple[Run, Callable[[], float]]:
+        return PeerCopy(sent // (case.d * x.element_size()), x), lambda: 0.0
 
     for op, all_to_all, deepep in (
         (OPS[0], all_to_all_dispatch, deepep_dispatch),
         (OPS[1], all_to_all_combine, deepep_combine),
     ):
-        runs = {OURS: ours, "all_to_all": all_to_all, "deepep": deepep, "peer_copy": peer_copy}
-        measure(rows[op], runs, bound, stopwatch)
+        contenders = {OURS: ours, "all_to_all": all_to_all, "deepep_transport": deepep, "peer_copy": peer_copy}
+        measure(rows[op], contenders, bound, stopwatch)
         rows[op].gb_per_s = {name: sent / ms / 1e6 for name, ms in rows[op].ms.items()}
     return rows
 
 
 def layer_row(shape: Shape, stopwatch: Stopwatch) -> Row:
     """Dispatch, experts, combine and all gradients; beside it as much expert work without any exchange."""
-    row = Row(case={})
+    row = Row()
     leaves = [x.detach().requires_grad_() for x in (shape.x, *shape.experts, shape.weights)]
 
-    def all_to_all() -> tuple[Run, float]:
+    def all_to_all() -> tuple[Run, Callable[[], float]]:
         exchange = AllToAll(shape.case.E)
 
         def run() -> tuple[Tensor, ...]:
@@ -169,23 +173,18 @@ def layer_row(shape: Shape, stopwatch: Stopwatch) -> Row:
             out = exchange.combine(grouped_experts(arrived.rows, experts, arrived.counts), arrived)
             return out.detach(), *torch.autograd.grad(out, leaves, shape.dout)
 
-        return run, layer_error(shape, run())
+        return run, lambda: layer_error(shape, run())
 
-    def no_exchange() -> tuple[Run, float]:
-        # The rows that arrive here are what this process' experts work on; x is permuted and combined locally.
-        local = AllToAllOfOne(shape)
-        return local.run, 0.0
+    def no_exchange() -> tuple[Run, Callable[[], float]]:
+        return WithoutExchange(shape).run, lambda: 0.0
 
-    def ours() -> tuple[Run, float]:
-        raise Unavailable("the operators ep_dispatch and ep_combine do not exist yet")
-
-    runs = {OURS: ours, "all_to_all": all_to_all, "no_exchange": no_exchange}
-    measure(row, runs, ERROR_BOUND[shape.dtype], stopwatch)
+    contenders = {OURS: ours, "all_to_all": all_to_all, "no_exchange": no_exchange}
+    measure(row, contenders, ERROR_BOUND[shape.dtype], stopwatch)
     row.gb_per_s = {name: 2 * 2 * shape.least_bytes / ms / 1e6 for name, ms in row.ms.items() if name != "no_exchange"}
     return row
 
 
-class AllToAllOfOne:
+class WithoutExchange:
     """The same layer on one process with its own share of the experts: as many rows per expert, nothing exchanged."""
 
     def __init__(self, shape: Shape) -> None:
@@ -208,20 +207,20 @@ class AllToAllOfOne:
 
 
 def main() -> None:
-    case, path = Case(**json.loads(sys.argv[1])), Path(sys.argv[2])
-    device = torch.device(case.device, int(os.environ["LOCAL_RANK"]) if case.device == "cuda" else 0)
-    if device.type == "cuda":
+    case, on_gpus, path = Case(**json.loads(sys.argv[1])), sys.argv[2] == "cuda", Path(sys.argv[3])
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpus else torch.device("cpu")
+    if on_gpus:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if on_gpus else "gloo")
     one = torch.ones(1, device=device)
-    stopwatch = Stopwatch(device, rounds=(ROUNDS, ROUNDS) if case.device == "cuda" else (3, 3))
+    stopwatch = Stopwatch(device, rounds=(ROUNDS, ROUNDS) if on_gpus else (3, 3))
     stopwatch.align = lambda: dist.all_reduce(one)  # nobody starts a round before the others
     shape = Shape(case, device)
     rows = exchange_rows(shape, stopwatch)
     if case.n:
         rows[OPS[2]] = layer_row(shape, stopwatch)
     if dist.get_rank() == 0:
-        path.write_text(json.dumps({op: row.model_dump() for op, row in rows.items()}))
+        path.write_text(json.dumps({op: row.model_dump(exclude_defaults=True) for op, row in rows.items()}))
     dist.destroy_process_group()
 
 

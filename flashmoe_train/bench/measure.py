@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from flashmoe_train.bench.timing import Run, Stopwatch
 # Relative error, in the Frobenius norm, of a result that was rounded a few times on the way: as the tests ask.
 ERROR_BOUND = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+R = TypeVar("R")
 
 
 class Unavailable(Exception):
@@ -103,39 +107,59 @@ def _fill(bench: OperatorBench, case: Case, stopwatch: Stopwatch, row: Row) -> N
         runs[name] = run
         if bench.measures_memory and stopwatch.device.type == "cuda":
             row.peak_gib[name] = stopwatch.peak_gib(run)
-    runs.update((name, floor()) for name, floor in problem.floors.items())
-    row.ms = stopwatch.medians(runs)
+    runs.update((name, run) for name, floor in problem.floors.items() if (run := _guarded(name, floor, row)))
+    # A rehearsal with all inputs in place: who breaks down is left out before the others are timed.
+    row.ms = stopwatch.medians({name: run for name, run in runs.items() if _guarded(name, partial(_call, run), row)})
+    if OURS in row.skipped and row.ms:  # what others have the memory for
+        row.failed[OURS] = row.skipped.pop(OURS)
     scale = {"tflops": 1e9, "gb_per_s": 1e6}[bench.rate]  # of FLOPs or bytes per millisecond
     rates = row.tflops if bench.rate == "tflops" else row.gb_per_s
-    rates.update({name: problem.work / ms / scale for name, ms in row.ms.items() if name not in problem.floors})
-    # A floor's own work may be a part of the row's.
-    rates.update({name: problem.work / bench.floor_factor / row.ms[name] / scale for name in problem.floors})
+    for name, ms in row.ms.items():
+        part = bench.floor_factor if name in problem.floors else 1.0  # a floor's own work may be a part of the row's
+        rates[name] = problem.work / part / ms / scale
 
 
 def _checked(name: str, contender: Contender, problem: Problem, row: Row) -> Run | None:
     """The run of a contender that is right; otherwise the row says why there is none."""
+
+    def check() -> tuple[Run, float]:
+        run = contender()
+        return run, problem.error(run())
+
+    checked = _guarded(name, check, row)
+    if checked is None:
+        return None
+    run, error = checked
+    if math.isfinite(error):
+        row.error[name] = error
+    if error <= problem.error_bound:
+        return run
+    row.failed[name] = f"relative error {error:.1e}, allowed {problem.error_bound:.0e}"
+    return None
+
+
+def _guarded(name: str, action: Callable[[], R], row: Row) -> R | None:
+    """What `action` returns, or nothing, and the row says why."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why a backend refuses comes as an exception too
-            run = contender()
-            error = problem.error(run())
+            return action()
     except Unavailable as reason:
         row.skipped[name] = str(reason)
     except torch.OutOfMemoryError as reason:
         row.skipped[name] = _out_of_memory(reason)
     except Exception as reason:
-        # A baseline that refuses a case is absent; we may not refuse one.
         sentence = re.split(r"\n|[.] ", str(reason))[0]
-        text = f"{type(reason).__name__}: {sentence[:160]}"
-        (row.failed if name == OURS else row.skipped)[name] = text
-    else:
-        if error <= problem.error_bound:
-            row.error[name] = error
-            return run
-        row.failed[name] = f"relative error {error:.1e}, allowed {problem.error_bound:.0e}"
-        if math.isfinite(error):
-            row.error[name] = error
+        # A baseline that refuses a case is absent; we may not refuse one.
+        (row.failed if name == OURS else row.skipped)[name] = f"{type(reason).__name__}: {sentence[:160]}"
+        row.error.pop(name, None)
+    free()
     return None
+
+
+def _call(run: Run) -> bool:
+    run()
+    return True
 
 
 def _out_of_memory(error: BaseException) -> str:

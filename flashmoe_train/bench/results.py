@@ -21,8 +21,8 @@ from flashmoe_train.errors import UsageError
 
 OURS = "flashmoe"
 # What bounds an implementation without being one: dense GEMMs of the same FLOPs, a copy of the same bytes (into the
-# memory of other GPUs), a layer that exchanges nothing.
-FLOORS = ("gemm_floor", "copy", "peer_copy", "no_exchange")
+# memory of other GPUs), DeepEP without sorting by expert and without weights, a layer that exchanges nothing.
+FLOORS = ("gemm_floor", "copy", "deepep_transport", "peer_copy", "no_exchange")
 EVERYBODY = "*"  # in Row.skipped: the case itself could not be measured
 
 
@@ -31,7 +31,7 @@ class Row(BaseModel):
 
     model_config = ConfigDict(extra="allow")  # rows of other benches have measures of their own
 
-    case: dict[str, Any]
+    case: dict[str, Any] = Field(default_factory=dict)
     label: str = ""
     ms: dict[str, float] = Field(default_factory=dict)
     tflops: dict[str, float] = Field(default_factory=dict)
@@ -65,7 +65,7 @@ class Results(BaseModel):
 
     bench: str
     gpu: str
-    gpus: int
+    gpus: int  # of the machine; a case says how many it used, if more than one
     torch: str
     driver: str
     commit: str
@@ -94,10 +94,15 @@ class Results(BaseModel):
 
 
 def _short(value: Any) -> Any:
-    """Four significant digits: more is noise, and makes the differences between two files unreadable."""
+    """Four significant digits: more is noise, and makes the differences between two files unreadable. What JSON has no
+    number for, such as the loss of a run that diverged, is null."""
     if isinstance(value, dict):
         return {k: _short(v) for k, v in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    if isinstance(value, list):
+        return [_short(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
 
 
 def read(path: Path) -> Results:
@@ -121,7 +126,7 @@ def here(bench: str, command: str, device: torch.device) -> Results:
     return Results(
         bench=bench,
         gpu=gpu_name(device),
-        gpus=1 if on_gpu else 0,
+        gpus=torch.cuda.device_count() if on_gpu else 0,
         torch=torch.__version__,
         driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
         if on_gpu

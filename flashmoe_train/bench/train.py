@@ -19,6 +19,7 @@ from flashmoe_train import recipe as recipes
 from flashmoe_train.bench.measure import Bench
 from flashmoe_train.bench.results import OURS, Row
 from flashmoe_train.bench.timing import Stopwatch
+from flashmoe_train.errors import UsageError
 from flashmoe_train.ops.library import has_kernel
 
 STOCK = "stock"
@@ -43,9 +44,12 @@ class Case:
 class TrainBench(Bench):
     def matching(self, pattern: str) -> Sequence[Case]:
         """The recipe of that name or path: any can be measured."""
-        return (Case(str(recipes.find(pattern)) if "." in pattern else pattern, _devices()),)
+        recipes.find(pattern)  # or there is no such recipe
+        return (Case(pattern, _devices()),)
 
     def measure(self, case: Case, stopwatch: Stopwatch) -> Row:
+        if stopwatch.device.type == "cpu" and torch.cuda.is_available():
+            raise UsageError("a recipe trains on this machine's GPUs: --device cpu is not possible here")
         row = Row(case=case.as_json(), label=case.label, flashmoe_path=_path())
         losses = dict[str, list[float]]()
         for name in (STOCK, OURS):
@@ -65,12 +69,20 @@ class TrainBench(Bench):
 def _train(case: Case, swap: str, folder: str) -> dict[str, Any] | str:
     """The summary of a run, or what it printed last."""
     overrides = [*case.overrides, f"flashmoe.attention={swap}", f"flashmoe.moe={swap}", f"job.dump_folder={folder}"]
-    command = [sys.executable, "-m", "flashmoe_train.cli", "train", case.recipe, *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "flashmoe_train.cli",
+        "train",
+        str(recipes.find(case.recipe).resolve()),
+        *overrides,
+    ]
     done = subprocess.run(
         [*command, f"--processes={case.gpus}", "--allow-fallback"], capture_output=True, text=True, cwd=folder
     )
     if done.returncode != 0:
-        return (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
+        printed = (done.stderr + done.stdout).split("\n")
+        return next((line for line in reversed(printed) if line.strip()), f"ended with {done.returncode}")
     return json.loads((Path(folder) / "summary.json").read_text())
 
 

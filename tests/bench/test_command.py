@@ -12,11 +12,9 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from flashmoe_train.bench import SUBJECTS, Options, attention, run
+from flashmoe_train.bench import SUBJECTS, Options, attention, expert_parallel, run
 from flashmoe_train.bench.results import FLOORS, Results, read
 from flashmoe_train.cli import app
-
-FLASHMOE_PATHS = {"cpu": {"reference"}, "cuda": {"kernel", "fallback", "reference"}}
 
 
 def bench(*arguments: str) -> Result:
@@ -67,7 +65,6 @@ def test_tiny_cases(subject: str, baselines: dict[str, set[str]], tmp_path: Path
         for row in results.rows:
             assert row.label in result.stdout
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert f"flashmoe bench {subject}" not in result.stdout  # the table, not the file
     for text in ("× best baseline", "geometric mean of", "not installed"):
         assert text in result.stdout
 
@@ -100,6 +97,19 @@ def test_processes_of_their_own(subject: str, tmp_path: Path) -> None:
         assert [row.case["op"] for row in rows] == ["dispatch", "combine", "layer_forward_backward"]
         assert all(not row.failed and row.error["all_to_all"] < 3e-5 for row in rows)
         assert rows[0].error["all_to_all"] == 0 and "no_exchange" in rows[2].ms
+
+
+def test_processes_that_fail_are_a_failed_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_parallel, "LIMIT", 0.01)
+    result = bench("expert-parallel", "--device=cpu", "--json", str(tmp_path))
+    assert result.exit_code == 1
+    rows = read(tmp_path / "expert_parallel.json").rows
+    assert len(rows) == 3 and all("did not end within" in row.failed["*"] for row in rows)
+
+
+def test_recipe_to_train_is_looked_for_first(tmp_path: Path) -> None:
+    result = bench("train", "--device=cpu", "--cases", "quickstrat")
+    assert result.exit_code == 2 and "did you mean 'quickstart'" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ the gate
@@ -206,7 +216,6 @@ def test_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_pattern_selects_standard_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (forward, _) = attention.BENCHES
-    monkeypatch.setattr(attention.Case, "lengths", property(lambda case: [case.s]))
     small = [attention.Case(1, 16, 2, 8, True), attention.Case(1, 16, 2, 8, False), attention.Case(1, 20, 2, 8, True)]
     monkeypatch.setitem(SUBJECTS, "attention", (replace(forward, standard=small),))
     path = tmp_path / "results.json"
@@ -226,5 +235,9 @@ def test_tiny_cases_on_gpu(subject: str, tmp_path: Path) -> None:
     assert run(Options(subject, cases="tiny", json=tmp_path, device="cuda")) == 0
     for one in SUBJECTS[subject]:
         results = read(tmp_path / f"{one.name}.json")
-        assert results.gpus == 1 and results.gpu
-        assert all(row.ms["flashmoe"] > 0 for row in results.rows) and any(row.baselines for row in results.rows)
+        assert results.gpus >= 1 and results.gpu
+        for row in results.rows:
+            if subject == "expert-parallel":  # until its operators exist
+                assert "flashmoe" in row.skipped or "*" in row.skipped
+            else:
+                assert row.ms["flashmoe"] > 0

@@ -1,5 +1,6 @@
 """What is timed is what was found right: references, the check before timing, the stopwatch, the comparison of runs."""
 
+import json
 import math
 import random
 import sys
@@ -16,7 +17,7 @@ import flashmoe_train
 from flashmoe_train.bench import attention, moe, moe_parts, peers
 from flashmoe_train.bench.measure import OperatorBench, Problem, Unavailable, relative_error, worst
 from flashmoe_train.bench.moe_reference import forward_error, gradient_error
-from flashmoe_train.bench.results import Results, Row, commit, compare, read
+from flashmoe_train.bench.results import Results, Row, commit, compare, here, read
 from flashmoe_train.bench.routing import draw
 from flashmoe_train.bench.timing import Stopwatch
 from flashmoe_train.ops.attention.reference import reference_backward, reference_forward
@@ -224,6 +225,25 @@ def test_absent_baselines_are_skipped_with_their_reasons() -> None:
 def test_we_may_not_refuse() -> None:
     row = bench_of(lambda case, device: problem(flashmoe=raising(ValueError("bad")))).measure(CASE, stopwatch())
     assert row.failed == {"flashmoe": "ValueError: bad"} and not row.ms
+
+
+def test_we_may_not_need_more_memory_than_others() -> None:
+    ours = raising(torch.OutOfMemoryError("CUDA out of memory. GPU 0 has"))
+    row = bench_of(lambda case, device: problem(flashmoe=ours, a=lambda: lambda: 0.0)).measure(CASE, stopwatch())
+    assert "out of memory" in row.failed["flashmoe"] and not row.skipped and set(row.ms) == {"a"}
+
+
+def test_who_breaks_down_when_called_again_is_left_out() -> None:
+    calls = iter([0.0])
+
+    def once() -> float:
+        if (error := next(calls, None)) is None:
+            raise RuntimeError("only once")
+        return error
+
+    contenders = {"flashmoe": lambda: lambda: 0.0, "a": lambda: once}
+    row = bench_of(lambda case, device: problem(**contenders)).measure(CASE, stopwatch())
+    assert row.skipped == {"a": "RuntimeError: only once"} and set(row.ms) == set(row.error) == {"flashmoe"}
 
 
 def test_case_that_does_not_fit_is_skipped() -> None:
@@ -510,3 +530,15 @@ def test_numbers_are_written_with_four_digits(tmp_path: Path) -> None:
         "flashmoe": pytest.approx(made.rows[0].ms["flashmoe"], rel=1e-3),
         "a": 123500.0,
     }
+
+
+def test_nan_of_one_process_is_seen() -> None:
+    assert math.isnan(worst([1e-7, math.nan])) and math.isnan(worst([math.nan, 1e-7]))
+
+
+def test_diverged_loss_is_written_as_null(tmp_path: Path) -> None:
+    results = here("train_torchtitan", "flashmoe bench train", torch.device("cpu"))
+    results.rows.append(Row(case={"recipe": "x"}).model_copy(update={"loss": {"stock": [1.0, math.nan]}}))
+    results.write(tmp_path / "train.json")
+    (row,) = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert row["loss"] == {"stock": [1.0, None]}

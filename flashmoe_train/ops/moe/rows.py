@@ -28,7 +28,8 @@ def moe_permute(x: Tensor, row_slot: Tensor, slot_row: Tensor) -> Tensor:
     """Copies tokens `x` `[T, d]` into the rows `[R, d]` of a plan; rows that belong to nobody are zero.
 
     `row_slot` and `slot_row` are a RoutePlan's, or of the same form with fewer rows (a part of the slots): each the
-    inverse of the other, which is checked on the CPU only. Raises ValueError or TypeError that names the argument.
+    inverse of the other, which is checked on the CPU only.
+    Raises ValueError or TypeError that names the argument.
     """
     _check_permute(x, row_slot, slot_row)
     return torch.ops.flashmoe.moe_permute(x, row_slot, slot_row)
@@ -38,7 +39,8 @@ def moe_combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tenso
     """Sums the rows `[R, d]` of each token's slots, times `weights` (float32 `[T, K]`), in float32: `[T, d]` in rows'
     dtype.
 
-    No two slots share a row (the gradient would have two writers), which is checked on the CPU only. Raises ValueError or TypeError that names the argument.
+    No two slots share a row (the gradient would have two writers), which is checked on the CPU only.
+    Raises ValueError or TypeError that names the argument.
     """
     _check_combine(rows, slot_row, weights)
     return torch.ops.flashmoe.moe_combine(rows, slot_row, weights)

@@ -67,8 +67,9 @@ def test_swapped_equals_stock(
 
 @slow
 def test_pipeline_of_experts_equals_stock_as_far_as_stock_repeats(tmp_path: Path) -> None:
-    """Stock's gradients are hundreds of times too large under pipeline parallelism and rounding grows with them: runs of
-    stock in the same processes were seen to differ by 3e-4 from each other, and swapped runs to equal one of them."""
+    """Stock's gradients are hundreds of times too large under pipeline parallelism and rounding grows with them: runs
+    of stock in the same processes were seen to differ by 3e-4 from each other, and swapped runs to equal one of them.
+    """
     tables = jobs.tables_of("deepseek_v3", "debugmodel", tmp_path / "run")
     processes.run(jobs.write_seed_checkpoint, tables, 0, tmp_path, processes=1)
     layouts = {"PP2": PP2, "PP2 again": PP2}
@@ -79,7 +80,7 @@ def test_pipeline_of_experts_equals_stock_as_far_as_stock_repeats(tmp_path: Path
     for layout in layouts:
         swapped = torch.tensor(losses[layout]["flashmoe"])
         difference = min((swapped - stock).abs().max().item() for stock in (first, second))
-        print(f"deepseek_v3 {layout}: difference to the nearer run of stock {difference:.1e}, between those {spread:.1e}")
+        print(f"deepseek_v3 {layout}: {difference:.1e} to the nearer run of stock, {spread:.1e} between those")
         assert difference <= max(3e-4, spread)
 
 
