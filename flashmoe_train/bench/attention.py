@@ -1,11 +1,8 @@
 """The benches `attention_forward` and `attention_backward`: ours, PyTorch's cuDNN and flash backends, and peers."""
 
-import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashmoe_train.bench import peers
+from flashmoe_train.bench.attention_cases import POINTS, STANDARD, TINY, Case, Documents, Forward
 from flashmoe_train.bench.measure import (
     DTYPES,
     ERROR_BOUND,
@@ -25,83 +23,6 @@ from flashmoe_train.bench.measure import (
 )
 from flashmoe_train.ops.attention import AttentionCase, attention, supports
 from flashmoe_train.ops.attention.reference import reference_backward, reference_forward
-
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v and the result are [b, s, h, d]
-
-
-@dataclass(frozen=True)
-class Case:
-    b: int
-    s: int
-    h: int
-    d: int
-    causal: bool
-    h_kv: int = 0  # 0: as many as h
-    dv: int = 0  # 0: d
-    dtype: str = "bf16"
-    documents: tuple[int, int] | None = None  # packed documents of random length between these two, s tokens in all
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "h_kv", self.h_kv or self.h)
-        object.__setattr__(self, "dv", self.dv or self.d)
-
-    def as_json(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in ("b", "s", "h", "h_kv", "d", "dv", "causal", "dtype")}
-        return fields | ({"documents": list(self.documents)} if self.documents else {})
-
-    @property
-    def label(self) -> str:
-        dims = f"d{self.d}" if self.dv == self.d else f"d{self.d}/{self.dv}"
-        heads = f"h{self.h}" if self.h_kv == self.h else f"h{self.h}:{self.h_kv}"
-        length = f"s{self.s // 1024}k" if self.s % 1024 == 0 else f"s{self.s}"
-        words = ["causal" if self.causal else "full", dims, length, f"b{self.b}", heads]
-        words += ["varlen"] * (self.documents is not None) + [self.dtype] * (self.dtype != "bf16")
-        return " ".join(words)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Of the sequences of one batch entry."""
-        if self.documents is None:
-            return [self.s]
-        pick, lengths = random.Random(0), list[int]()
-        while (left := self.s - sum(lengths)) > 0:
-            lengths.append(min(left, pick.randint(*self.documents)))
-        return lengths
-
-    def flops(self, backward: bool) -> float:
-        pairs = self.b * self.h * sum(length * length for length in self.lengths) / (2 if self.causal else 1)
-        # q kᵀ and p v; backward q kᵀ, ds k and dsᵀ q, and do vᵀ and pᵀ do
-        return 2 * pairs * ((3 * self.d + 2 * self.dv) if backward else (self.d + self.dv))
-
-
-_POINTS = [
-    Case(b=16 // k, s=1024 * k, h=2048 // d, d=d, causal=causal)
-    for d in (64, 128)
-    for causal in (False, True)
-    for k in (1, 2, 4, 8, 16)
-]
-_STANDARD = [
-    *_POINTS,
-    Case(b=2, s=8192, h=16, h_kv=2, d=128, causal=True),
-    Case(b=2, s=8192, h=16, h_kv=4, d=128, causal=True),
-    Case(b=4, s=4096, h=16, d=192, dv=128, causal=True),  # DeepSeek's latent attention
-    Case(b=1, s=16384, h=16, d=128, causal=True, documents=(64, 4096)),
-    *(Case(b=4, s=1024 * k, h=8, d=64, causal=False) for k in (2, 4, 8)),
-    Case(b=1, s=512, h=8, d=64, causal=False, dtype="fp16"),
-]
-_TINY = [
-    Case(b=2, s=64, h=4, d=32, causal=False, dtype="fp32"),
-    Case(b=1, s=97, h=4, h_kv=2, d=16, causal=True),
-    Case(b=1, s=65, h=2, d=24, dv=16, causal=True, dtype="fp32"),
-    Case(b=1, s=128, h=2, d=16, causal=True, documents=(3, 40)),
-]
-
-
-@dataclass(frozen=True)
-class Documents:
-    cu_seqlens: Tensor
-    longest: int
-
 
 # -------------------------------------------------------------------------------------------------------- contenders
 # Each takes a case and returns its forward function; a peer's is in `peers`.
@@ -217,10 +138,10 @@ BENCHES = tuple(
         name=f"attention_{direction}",
         title=f"Attention, {direction}",
         rate="tflops",
-        standard=_STANDARD,
-        tiny=_TINY,
+        standard=STANDARD,
+        tiny=TINY,
         prepare=partial(_prepare, backward=direction == "backward"),
-        is_point=_POINTS.__contains__,
+        is_point=POINTS.__contains__,
     )
     for direction in ("forward", "backward")
 )

@@ -16,9 +16,9 @@ from torch import Tensor
 from flashmoe_train.bench.exchange import AllToAll, DeepEP, Dispatched, PeerCopy
 from flashmoe_train.bench.expert_parallel import OPS, Case
 from flashmoe_train.bench.measure import ERROR_BOUND, Unavailable, relative_error, worst
+from flashmoe_train.bench.moe_cases import draw
 from flashmoe_train.bench.moe_reference import forward_error, gradient_error
 from flashmoe_train.bench.results import OURS, Row
-from flashmoe_train.bench.routing import draw
 from flashmoe_train.bench.timing import Run, Stopwatch
 
 T = TypeVar("T")

@@ -1,9 +1,8 @@
 """The benches `moe_forward` and `moe_forward_backward`: routed experts, ours beside the ways others compute them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,66 +11,10 @@ from torch import Tensor
 from flashmoe_train import moe
 from flashmoe_train.bench import peers
 from flashmoe_train.bench.measure import DTYPES, ERROR_BOUND, Contender, OperatorBench, Problem, Unavailable
+from flashmoe_train.bench.moe_cases import STANDARD, TINY, Case, Inputs, Layer, draw
 from flashmoe_train.bench.moe_reference import forward_error, gradient_error
-from flashmoe_train.bench.routing import SHAPES, draw
 from flashmoe_train.bench.timing import Run
 from flashmoe_train.ops.moe import MoECase, supports
-
-
-class Inputs(NamedTuple):
-    """Leaves; all but the ids require gradients where a backward follows."""
-
-    x: Tensor  # [T, d]
-    w1: Tensor  # [E, n, d]
-    w2: Tensor  # [E, d, n]
-    w3: Tensor  # [E, n, d]
-    ids: Tensor  # [T, K]
-    weights: Tensor  # [T, K]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """An implementation, set up for its inputs."""
-
-    forward: Callable[[], Tensor]  # [T, d]
-    leaves: tuple[Tensor, ...]  # what it takes gradients of
-    gradients: Callable[..., tuple[Tensor, ...]] = lambda *gradients: gradients  # of these as of x, w1, w2, w3, weights
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    T: int
-    d: int
-    n: int
-    E: int
-    K: int
-    skew: float = 0.0  # exponent of the experts' popularity; 1 is Zipf's law
-    dtype: str = "bf16"
-
-    @property
-    def label(self) -> str:
-        return self.name + " zipf" * bool(self.skew)
-
-    def as_json(self) -> dict[str, Any]:
-        fields: dict[str, Any] = {name: getattr(self, name) for name in ("T", "d", "n", "E", "K")}
-        fields |= {"skew": self.skew} if self.skew else {}
-        return fields | ({"dtype": self.dtype} if self.dtype != "bf16" else {})
-
-
-_STANDARD = [
-    *(Case(name, *shape) for name, shape in SHAPES.items()),
-    Case("Qwen3-30B T8192", 8192, *SHAPES["Qwen3-30B"][1:]),
-    Case("OLMoE", *SHAPES["OLMoE"], skew=1.0),
-    Case("Qwen3-30B", *SHAPES["Qwen3-30B"], skew=1.0),
-    Case("DeepSeek-V3", 32768, 7168, 2048, 256, 8),  # last: its weights and their gradients are 90 GB
-]
-_TINY = [
-    Case("tiny", 48, 32, 24, 8, 2),
-    Case("tiny fp32", 33, 16, 40, 5, 3, dtype="fp32"),
-    Case("tiny", 64, 16, 16, 16, 4, skew=1.0),
-]
-
 
 # --------------------------------------------------------------------------------------------------------- contenders
 
@@ -192,16 +135,16 @@ BENCHES = (
         name="moe_forward",
         title="Routed experts, forward",
         rate="tflops",
-        standard=_STANDARD,
-        tiny=_TINY,
+        standard=STANDARD,
+        tiny=TINY,
         prepare=partial(_prepare, backward=False),
     ),
     OperatorBench(
         name="moe_forward_backward",
         title="Routed experts, forward and backward",
         rate="tflops",
-        standard=_STANDARD,
-        tiny=_TINY,
+        standard=STANDARD,
+        tiny=TINY,
         prepare=partial(_prepare, backward=True),
         floor_factor=3.0,
         measures_memory=True,

@@ -19,7 +19,7 @@ from flashmoe_train.bench.measure import (
     worst,
 )
 from flashmoe_train.bench.moe import sorted_slots
-from flashmoe_train.bench.routing import SHAPES, draw
+from flashmoe_train.bench.moe_cases import SHAPES, draw
 from flashmoe_train.bench.timing import Run
 from flashmoe_train.ops.library import has_kernel
 from flashmoe_train.ops.moe import RoutePlan, moe_combine, moe_permute, route_plan

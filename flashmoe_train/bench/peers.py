@@ -4,16 +4,14 @@ SonicMoE. What is missing, or does not import, raises Unavailable."""
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashmoe_train.bench.attention_cases import Case, Documents, Forward
 from flashmoe_train.bench.measure import Unavailable
-
-if TYPE_CHECKING:
-    from flashmoe_train.bench.attention import Case, Documents, Forward
-    from flashmoe_train.bench.moe import Inputs, Layer
+from flashmoe_train.bench.moe_cases import Inputs, Layer
 
 
 def import_peer(name: str) -> ModuleType:
@@ -28,7 +26,7 @@ def import_peer(name: str) -> ModuleType:
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-def fa3_attention(case: "Case", documents: "Documents | None") -> "Forward":
+def fa3_attention(case: Case, documents: Documents | None) -> Forward:
     """FlashAttention-3: its own front where that is installed, otherwise its bare operators."""
     try:
         return _dao_attention(import_peer("flash_attn_interface"), case, documents)
@@ -43,12 +41,12 @@ def fa3_attention(case: "Case", documents: "Documents | None") -> "Forward":
     return _packed(lambda q, k, v: _FlashAttention3.apply(q, k, v, mask), documents)
 
 
-def fa4_attention(case: "Case", documents: "Documents | None") -> "Forward":
+def fa4_attention(case: Case, documents: Documents | None) -> Forward:
     """FlashAttention-4 (CuTe DSL), by its path for Hopper."""
     return _dao_attention(import_peer("flash_attn.cute"), case, documents)
 
 
-def te_attention(case: "Case", documents: "Documents | None") -> "Forward":
+def te_attention(case: Case, documents: Documents | None) -> Forward:
     te = import_peer("transformer_engine.pytorch")
     if documents is not None:
         raise Unavailable("no adapter for packed documents")
@@ -60,7 +58,7 @@ def te_attention(case: "Case", documents: "Documents | None") -> "Forward":
     return lambda q, k, v: layer(q, k, v).unflatten(-1, (case.h, case.dv))  # it merges the heads
 
 
-def _dao_attention(module: ModuleType, case: "Case", documents: "Documents | None") -> "Forward":
+def _dao_attention(module: ModuleType, case: Case, documents: Documents | None) -> Forward:
     """The functions that FlashAttention 3 and 4 have in common; some versions return the log-sum-exp too."""
     if documents is None:
         return lambda q, k, v: _first(module.flash_attn_func(q, k, v, causal=case.causal))
@@ -72,7 +70,7 @@ def _dao_attention(module: ModuleType, case: "Case", documents: "Documents | Non
     )
 
 
-def _packed(forward: Callable[[Tensor, Tensor, Tensor], Any], documents: "Documents | None") -> "Forward":
+def _packed(forward: Callable[[Tensor, Tensor, Tensor], Any], documents: Documents | None) -> Forward:
     """Packed documents have no batch dimension there."""
     if documents is None:
         return forward
@@ -104,10 +102,8 @@ class _FlashAttention3(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------- mixture of experts
 
 
-def sonicmoe_layer(inputs: "Inputs") -> "Layer":
+def sonicmoe_layer(inputs: Inputs) -> Layer:
     """SonicMoE for a routing that is given, in the weight layout of its own benchmarks: gate and up rows in turns."""
-    from flashmoe_train.bench.moe import Layer
-
     sonicmoe = import_peer("sonicmoe")
     swiglu = import_peer("sonicmoe.enums").ActivationType.SWIGLU
     x, w1, w2, w3, ids, weights = inputs

@@ -12,7 +12,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from flashmoe_train.bench import SUBJECTS, Options, attention, expert_parallel, run
+from flashmoe_train.bench import SUBJECTS, Options, attention, attention_cases, expert_parallel, run
 from flashmoe_train.bench.results import FLOORS, Results, read
 from flashmoe_train.cli import app
 
@@ -216,7 +216,11 @@ def test_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_pattern_selects_standard_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (forward, _) = attention.BENCHES
-    small = [attention.Case(1, 16, 2, 8, True), attention.Case(1, 16, 2, 8, False), attention.Case(1, 20, 2, 8, True)]
+    small = [
+        attention_cases.Case(1, 16, 2, 8, True),
+        attention_cases.Case(1, 16, 2, 8, False),
+        attention_cases.Case(1, 20, 2, 8, True),
+    ]
     monkeypatch.setitem(SUBJECTS, "attention", (replace(forward, standard=small),))
     path = tmp_path / "results.json"
     assert bench("attention", "--device=cpu", "--cases", "*CAUSAL*", "--json", str(path)).exit_code == 0

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 import flashmoe_train
-from flashmoe_train.bench import attention, moe, moe_parts, peers
+from flashmoe_train.bench import attention, attention_cases, moe, moe_cases, moe_parts, peers
 from flashmoe_train.bench.measure import OperatorBench, Problem, Unavailable, relative_error, worst
+from flashmoe_train.bench.moe_cases import draw
 from flashmoe_train.bench.moe_reference import forward_error, gradient_error
 from flashmoe_train.bench.results import Results, Row, commit, compare, here, read
-from flashmoe_train.bench.routing import draw
 from flashmoe_train.bench.timing import Stopwatch
 from flashmoe_train.ops.attention.reference import reference_backward, reference_forward
 
@@ -60,7 +60,7 @@ def assert_caught(row: Row, name: str, broken: Broken) -> None:
 @pytest.mark.parametrize("name", ["flashmoe", "grouped"])
 @pytest.mark.parametrize("change", [lambda out: out * 1.011, lambda out: out * math.nan, lambda out: out[:-1]])
 def test_wrong_result_is_not_timed(name: str, change, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = moe.Case("small", 48, 32, 24, 8, 2)
+    case = moe_cases.Case("small", 48, 32, 24, 8, 2)
     broken = Broken({"flashmoe": flashmoe_train.moe, "grouped": moe.grouped}[name], change)
     monkeypatch.setitem(moe.LAYERS, name, moe.plain(broken))
     assert_caught(MOE_FORWARD.measure(case, stopwatch()), name, broken)
@@ -101,14 +101,14 @@ def test_wrong_expert_gradient_is_not_timed(argument: int, change, monkeypatch: 
 
     broken = Broken(layer, lambda out: out)
     monkeypatch.setitem(moe.LAYERS, "flashmoe", moe.plain(broken))
-    case = moe.Case("small", 48, 32, 24, 8, 2)
+    case = moe_cases.Case("small", 48, 32, 24, 8, 2)
     assert_caught(MOE_BACKWARD.measure(case, stopwatch()), "flashmoe", broken)
 
 
 @pytest.mark.parametrize("argument", [0, 1, 2])
-@pytest.mark.parametrize("case", attention._TINY, ids=lambda case: case.label)
+@pytest.mark.parametrize("case", attention_cases.TINY, ids=lambda case: case.label)
 def test_wrong_attention_gradient_is_not_timed(
-    argument: int, case: attention.Case, monkeypatch: pytest.MonkeyPatch
+    argument: int, case: attention_cases.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = attention.FORWARDS["flashmoe"]
 
@@ -127,7 +127,7 @@ def test_wrong_attention_gradient_is_not_timed(
 
 def test_wrong_attention_output_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     # The mask that is easiest to get wrong: documents that see each other.
-    case = attention._TINY[-1]
+    case = attention_cases.TINY[-1]
     make = attention.FORWARDS["flashmoe"]
     monkeypatch.setitem(attention.FORWARDS, "flashmoe", lambda case, documents: make(case, None))
     row = FORWARD.measure(case, stopwatch())
@@ -201,7 +201,7 @@ def raising(error: Exception):
     return contender
 
 
-CASE = moe.Case("small", 8, 8, 8, 2, 1)
+CASE = moe_cases.Case("small", 8, 8, 8, 2, 1)
 
 
 def test_absent_baselines_are_skipped_with_their_reasons() -> None:
@@ -265,9 +265,9 @@ def test_peer_that_is_not_installed() -> None:
 # become ours.
 
 
-@pytest.mark.parametrize("case", [attention._TINY[1], attention._TINY[3]], ids=lambda case: case.label)
+@pytest.mark.parametrize("case", [attention_cases.TINY[1], attention_cases.TINY[3]], ids=lambda case: case.label)
 @pytest.mark.parametrize("tuples", [False, True])
-def test_flash_attention_front(case: attention.Case, tuples: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_front(case: attention_cases.Case, tuples: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool):
         out = flashmoe_train.attention(q, k, v, causal=causal)
         return (out, None) if tuples else out
@@ -283,8 +283,8 @@ def test_flash_attention_front(case: attention.Case, tuples: bool, monkeypatch: 
     assert row.error["fa3"] == row.error["flashmoe"] and "fa3" in row.ms
 
 
-@pytest.mark.parametrize("case", [attention._TINY[1], attention._TINY[3]], ids=lambda case: case.label)
-def test_flash_attention_operators(case: attention.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [attention_cases.TINY[1], attention_cases.TINY[3]], ids=lambda case: case.label)
+def test_flash_attention_operators(case: attention_cases.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def arguments(q: Tensor, softmax_scale: float, is_causal: bool, packed: dict) -> tuple:
         assert (q.dim() == 3) == bool(packed)
         return softmax_scale, -1, 0 if is_causal else -1, *[packed.get(f"cu_seqlens_{side}") for side in "qk"], False
@@ -327,7 +327,7 @@ def test_sonicmoe(bench: OperatorBench, monkeypatch: pytest.MonkeyPatch) -> None
     enums = SimpleNamespace(ActivationType=SimpleNamespace(SWIGLU="swiglu"))
     monkeypatch.setitem(sys.modules, "sonicmoe.enums", enums)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    row = bench.measure(moe._TINY[0], stopwatch())
+    row = bench.measure(moe_cases.TINY[0], stopwatch())
     assert row.error["sonicmoe"] == row.error["flashmoe"] and "sonicmoe" in row.ms, (row.failed, row.skipped)
 
 
@@ -358,7 +358,7 @@ def test_moe_reference_equals_autograd(skew: float, experts: int) -> None:
 
 
 def test_attention_problem_uses_the_operators_conventions() -> None:
-    case = attention.Case(b=1, s=50, h=4, h_kv=2, d=8, causal=True, dtype="fp32", documents=(3, 20))
+    case = attention_cases.Case(b=1, s=50, h=4, h_kv=2, d=8, causal=True, dtype="fp32", documents=(3, 20))
     found = FORWARD.prepare(case, CPU)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 50, heads, 8) for heads in (4, 2, 2))
@@ -397,13 +397,13 @@ def test_standard_cases() -> None:
             assert max(Counter(case.label for case in cases).values()) == 1
             assert max(Counter(str(case.as_json()) for case in cases).values()) == 1
     assert sum(case.skew > 0 for case in MOE_FORWARD.standard) == 2
-    assert attention.Case(2, 64, 4, 32, True).as_json() == {
+    assert attention_cases.Case(2, 64, 4, 32, True).as_json() == {
         "b": 2, "s": 64, "h": 4, "h_kv": 4, "d": 32, "dv": 32, "causal": True, "dtype": "bf16",
     }  # fmt: skip
 
 
 def test_attention_flops() -> None:
-    full = attention.Case(b=2, s=1024, h=4, d=64, causal=False)
+    full = attention_cases.Case(b=2, s=1024, h=4, d=64, causal=False)
     assert full.flops(backward=False) == 4 * 2 * 4 * 1024**2 * 64
     assert full.flops(backward=True) == 2.5 * full.flops(backward=False)
     assert replace(full, causal=True).flops(backward=False) == full.flops(backward=False) / 2
