@@ -1,12 +1,11 @@
 """Recipes: TOML files that say what to run. For now a recipe is a TorchTitan job file as it stands."""
 
-import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashmoe_train.errors import UsageError
+from flashmoe_train.errors import UsageError, nearest
 from flashmoe_train.resources import resource
 
 
@@ -22,8 +21,7 @@ def find(name: str) -> Path:
     shipped = {path.stem: path for path in sorted(resource("recipes").glob("*.toml"))}
     if name in shipped:
         return shipped[name]
-    close = difflib.get_close_matches(Path(name).stem, shipped, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"shipped recipes: {', '.join(shipped)}"
+    hint = nearest(Path(name).stem, list(shipped), "shipped recipes: ")
     raise UsageError(f"no recipe {name!r}: neither a TOML file nor a shipped recipe; {hint}")
 
 

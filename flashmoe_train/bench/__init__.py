@@ -3,7 +3,6 @@
 A subject is a line of `SUBJECTS`; `run` is the command behind its options.
 """
 
-import difflib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from flashmoe_train.bench import attention, expert_parallel, moe, moe_parts, rep
 from flashmoe_train.bench.measure import Bench, Case
 from flashmoe_train.bench.results import EVERYBODY, OURS, Results, Row, compare, gpu_name, here, read
 from flashmoe_train.bench.timing import Stopwatch
-from flashmoe_train.errors import UsageError
+from flashmoe_train.errors import UsageError, nearest
 
 SUBJECTS: dict[str, tuple[Bench, ...]] = {
     "attention": attention.BENCHES,
@@ -45,6 +44,11 @@ class Options:
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name}", str(value)]
         return shlex.join(words)
+
+
+def by_name() -> dict[str, Bench]:
+    """Every bench of every subject."""
+    return {bench.name: bench for benches in SUBJECTS.values() for bench in benches}
 
 
 def run(options: Options, console: Console | None = None) -> int:
@@ -115,14 +119,11 @@ def _measure(
 def _benches(subject: str) -> tuple[Bench, ...]:
     if subject in SUBJECTS:
         return SUBJECTS[subject]
-    named = {bench.name: bench for benches in SUBJECTS.values() for bench in benches}
+    known = by_name()
     wanted = subject.replace("-", "_")
-    if wanted in named:
-        return (named[wanted],)
-    names = [*SUBJECTS, *named]
-    close = difflib.get_close_matches(wanted, names, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"
-    raise UsageError(f"no bench is called {subject!r}; {hint}")
+    if wanted in known:
+        return (known[wanted],)
+    raise UsageError(f"no bench is called {subject!r}; {nearest(wanted, [*SUBJECTS, *known], 'there are ')}")
 
 
 def _select(benches: Sequence[Bench], cases: str) -> list[tuple[Bench, Sequence[Case]]]:

@@ -18,6 +18,7 @@ from flashmoe_train.bench.measure import (
     OperatorBench,
     Problem,
     Unavailable,
+    path,
     relative_error,
     worst,
 )
@@ -106,7 +107,7 @@ def _prepare(case: Case, device: torch.device, backward: bool) -> Problem:
         error=lambda found: worst(relative_error(x, y) for x, y in zip(found, wanted, strict=True)),
         error_bound=ERROR_BOUND[dtype],
         work=case.flops(backward),
-        flashmoe_path=_path(q, v),
+        flashmoe_path=path(supports(AttentionCase.of(q, v)), device.type),
         floors={},
     )
 
@@ -114,12 +115,6 @@ def _prepare(case: Case, device: torch.device, backward: bool) -> Problem:
 def _sizes(case: Case) -> tuple[tuple[int, int], ...]:
     """(heads, dim) of q, k, v and dout."""
     return (case.h, case.d), (case.h_kv, case.d), (case.h_kv, case.dv), (case.h, case.dv)
-
-
-def _path(q: Tensor, v: Tensor) -> str:
-    if supports(AttentionCase.of(q, v)) is not None:
-        return "fallback"
-    return "kernel" if q.is_cuda else "reference"
 
 
 def _reference(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from flashmoe_train.bench import SUBJECTS, report
+from flashmoe_train.bench import by_name, report
 from flashmoe_train.bench.results import OURS, read
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def _table(root: Path, name: str, pattern: str) -> str:
     """The cases whose labels match, then where and how they were measured. Implementations that ran in none are left
     out."""
     results = read(root / "docs/results" / f"{name}.json")
-    bench = next(bench for benches in SUBJECTS.values() for bench in benches if bench.name == results.bench)
+    bench = by_name()[results.bench]
     rows = [row for row in results.rows if fnmatchcase(row.label, pattern)]
     heading, *lines = report.grid(bench, rows)
     shown = [i for i in range(len(heading)) if heading[i] == OURS or any(line[i] != report.NOTHING for line in lines)]

@@ -5,7 +5,7 @@ experts of its ids, sorted by expert; `combine` brings the experts' rows back an
 """
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from flashmoe_train.bench.measure import Unavailable
+from flashmoe_train.bench.moe import scattered, sorted_slots
 from flashmoe_train.bench.peers import import_peer
 
 
@@ -20,11 +21,6 @@ class Dispatched(NamedTuple):
     rows: Tensor  # [rows of this process' experts, d], sorted by expert
     counts: Tensor  # [experts here]: rows of each
     handle: Any  # what combine needs to know
-
-
-class Exchange(Protocol):
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Dispatched: ...
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor: ...  # [T, d]
 
 
 class AllToAll:
@@ -36,10 +32,8 @@ class AllToAll:
         self.group = dist.distributed_c10d._get_default_group()
 
     def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Dispatched:
-        flat = ids.reshape(-1)
-        order = flat.argsort(stable=True)
-        counts = torch.zeros(self.experts, dtype=torch.int64, device=x.device)
-        counts.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int64))
+        order, ends = sorted_slots(ids, self.experts)
+        counts = ends.diff(prepend=ends.new_zeros(1)).long()
         arriving = torch.empty_like(counts)  # [W, experts here]
         dist.all_to_all_single(arriving, counts)
         splits_out, splits_in = (c.view(self.world, -1).sum(1).tolist() for c in (counts, arriving))
@@ -55,9 +49,7 @@ class AllToAll:
         by_expert, splits_in, splits_out, order, token, weights = dispatched.handle
         by_source = torch.empty_like(by_expert).scatter_(0, by_expert, torch.arange(len(by_expert), device=y.device))
         rows = all_to_all_single_autograd(y[by_source], splits_out, splits_in, self.group)
-        rows = rows * weights.reshape(-1)[order, None]
-        out = torch.zeros(weights.shape[0], y.shape[1], dtype=torch.float32, device=y.device)
-        return out.index_add(0, token, rows).to(y.dtype)
+        return scattered(rows, weights.reshape(-1)[order], token, len(weights))
 
 
 class DeepEP:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from flashmoe_train.bench.measure import Bench
+from flashmoe_train.bench.moe_cases import SHAPES
 from flashmoe_train.bench.results import EVERYBODY, Row
 from flashmoe_train.bench.timing import Stopwatch
 
@@ -51,7 +52,7 @@ _STANDARD = [
     for world in (2, 4)
     for case in (
         Case("DeepSeek-V3", world, 8192, 7168, 0, 256, 8),
-        Case("Qwen3-30B", world, 8192, 2048, 768, 128, 8),
+        Case("Qwen3-30B", world, 8192, *SHAPES["Qwen3-30B"][1:]),
     )
     for row in case.rows()
 ]

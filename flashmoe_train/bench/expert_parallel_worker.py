@@ -1,4 +1,4 @@
-"""What every process of the bench `expert_parallel` runs: `torchrun ... expert_parallel_worker CASE ROWS_FILE`."""
+"""What every process of the bench `expert_parallel` runs: `torchrun ... expert_parallel_worker CASE DEVICE FILE`."""
 
 import json
 import os
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flashmoe_train.bench.exchange import AllToAll, DeepEP, Dispatched, PeerCopy
 from flashmoe_train.bench.expert_parallel import OPS, Case
-from flashmoe_train.bench.measure import ERROR_BOUND, Unavailable, relative_error, worst
+from flashmoe_train.bench.measure import ERROR_BOUND, Unavailable, accept, reason, relative_error, worst
+from flashmoe_train.bench.moe import grouped, grouped_experts
 from flashmoe_train.bench.moe_cases import draw
 from flashmoe_train.bench.moe_reference import forward_error, gradient_error
 from flashmoe_train.bench.results import OURS, Row
@@ -54,12 +55,6 @@ def gathered(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def grouped_experts(rows: Tensor, experts: list[Tensor], counts: Tensor) -> Tensor:
-    ends = counts.cumsum(0).int()
-    w1, w2, w3 = (w.transpose(1, 2) for w in experts)
-    return F.grouped_mm(F.silu(F.grouped_mm(rows, w1, offs=ends)) * F.grouped_mm(rows, w3, offs=ends), w2, offs=ends)
-
-
 def dispatch_error(shape: Shape, found: Dispatched, by_expert: bool) -> float:
     """Against the tokens of all processes, gathered: the same rows in the same order, so exactly zero."""
     x, ids = gathered(shape.x), gathered(shape.ids)
@@ -86,23 +81,18 @@ def measure(row: Row, contenders: dict[str, Contender], bound: float, stopwatch:
     """Checks every contender, times the right ones; the slowest process counts."""
     timed: dict[str, Run] = {}
     for name, contender in contenders.items():
-        reason = ""
+        why = ""
         try:
             run, error = contender()
         except Exception as problem:  # a peer fails in many ways
-            unavailable = isinstance(problem, Unavailable)
-            reason = str(problem) if unavailable else f"{type(problem).__name__}: {problem}".splitlines()[0]
+            why = reason(problem)
         # What one process cannot set up nobody runs. One that fails later leaves the others waiting: the bench gives
         # all of them a time limit.
-        if reasons := [reason for reason in everybodys(reason) if reason]:
+        if reasons := [why for why in everybodys(why) if why]:
             row.skipped[name] = reasons[0]
             continue
-        largest = worst(everybodys(error()))
-        if largest <= bound:
-            row.error[name] = largest
+        if accept(name, worst(everybodys(error())), bound, row):
             timed[name] = run
-        else:
-            row.failed[name] = f"relative error {largest:.1e}, allowed {bound:.0e}"
     for name, ms in stopwatch.medians(timed).items():
         row.ms[name] = max(everybodys(ms))
 
@@ -167,16 +157,20 @@ def layer_row(shape: Shape, stopwatch: Stopwatch) -> Row:
     def all_to_all() -> tuple[Run, Callable[[], float]]:
         exchange = AllToAll(shape.case.E)
 
-        def run() -> tuple[Tensor, ...]:
-            x, *experts, weights = leaves
+        def forward(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weights: Tensor) -> Tensor:
             arrived = exchange.dispatch(x, shape.ids, weights)
-            out = exchange.combine(grouped_experts(arrived.rows, experts, arrived.counts), arrived)
-            return out.detach(), *torch.autograd.grad(out, leaves, shape.dout)
+            y = grouped_experts(arrived.rows, w1, w2, w3, arrived.counts.cumsum(0).int())
+            return exchange.combine(y, arrived)
 
+        run = partial(with_gradients, forward, leaves, shape.dout)
         return run, lambda: layer_error(shape, run())
 
     def no_exchange() -> tuple[Run, Callable[[], float]]:
-        return WithoutExchange(shape).run, lambda: 0.0
+        # On one process with its own share of the experts: as many rows per expert, nothing exchanged.
+        torch.manual_seed(100 + shape.rank)
+        ids, weights = draw(shape.case.T, shape.here, min(shape.case.K, shape.here), 0.0, shape.device)
+        forward = lambda x, w1, w2, w3, weights: grouped(x, w1, w2, w3, ids, weights)  # noqa: E731
+        return partial(with_gradients, forward, [*leaves[:4], weights.requires_grad_()], shape.dout), lambda: 0.0
 
     contenders = {OURS: ours, "all_to_all": all_to_all, "no_exchange": no_exchange}
     measure(row, contenders, ERROR_BOUND[shape.dtype], stopwatch)
@@ -184,26 +178,9 @@ def layer_row(shape: Shape, stopwatch: Stopwatch) -> Row:
     return row
 
 
-class WithoutExchange:
-    """The same layer on one process with its own share of the experts: as many rows per expert, nothing exchanged."""
-
-    def __init__(self, shape: Shape) -> None:
-        torch.manual_seed(100 + shape.rank)
-        case = shape.case
-        self.ids, weights = draw(case.T, shape.here, min(case.K, shape.here), 0.0, shape.device)
-        self.leaves = [x.detach().requires_grad_() for x in (shape.x, *shape.experts, weights)]
-        self.dout = shape.dout
-
-    def run(self) -> tuple[Tensor, ...]:
-        x, *experts, weights = self.leaves
-        flat = self.ids.reshape(-1)
-        order = flat.argsort(stable=True)
-        token = order // self.ids.shape[1]
-        counts = torch.zeros(len(experts[0]), dtype=torch.int64, device=x.device)
-        counts.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int64))
-        y = grouped_experts(x[token], experts, counts) * weights.reshape(-1)[order, None]
-        out = torch.zeros_like(x, dtype=torch.float32).index_add(0, token, y).to(x.dtype)
-        return out.detach(), *torch.autograd.grad(out, self.leaves, self.dout)
+def with_gradients(forward: Callable[..., Tensor], leaves: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
+    out = forward(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
 def main() -> None:
@@ -213,8 +190,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpus else "gloo")
     one = torch.ones(1, device=device)
-    stopwatch = Stopwatch(device, rounds=(ROUNDS, ROUNDS) if on_gpus else (3, 3))
-    stopwatch.align = lambda: dist.all_reduce(one)  # nobody starts a round before the others
+    rounds = (ROUNDS, ROUNDS) if on_gpus else (3, 3)
+    stopwatch = Stopwatch(device, rounds=rounds, align=lambda: dist.all_reduce(one))
     shape = Shape(case, device)
     rows = exchange_rows(shape, stopwatch)
     if case.n:

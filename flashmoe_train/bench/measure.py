@@ -83,7 +83,7 @@ class OperatorBench(Bench):
         try:
             _fill(self, case, stopwatch, row)
         except torch.OutOfMemoryError as error:
-            row.skipped[EVERYBODY] = _out_of_memory(error)  # its inputs, its reference or all of it at once
+            row.skipped[EVERYBODY] = reason(error)  # its inputs, its reference or all of it at once
         free()
         return row
 
@@ -130,12 +130,17 @@ def _checked(name: str, contender: Contender, problem: Problem, row: Row) -> Run
     if checked is None:
         return None
     run, error = checked
+    return run if accept(name, error, problem.error_bound, row) else None
+
+
+def accept(name: str, error: float, bound: float, row: Row) -> bool:
+    """Whether a result is right; the row says how far off it is."""
     if math.isfinite(error):
         row.error[name] = error
-    if error <= problem.error_bound:
-        return run
-    row.failed[name] = f"relative error {error:.1e}, allowed {problem.error_bound:.0e}"
-    return None
+    if error <= bound:
+        return True
+    row.failed[name] = f"relative error {error:.1e}, allowed {bound:.0e}"
+    return False
 
 
 def _guarded(name: str, action: Callable[[], R], row: Row) -> R | None:
@@ -144,14 +149,11 @@ def _guarded(name: str, action: Callable[[], R], row: Row) -> R | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why a backend refuses comes as an exception too
             return action()
-    except Unavailable as reason:
-        row.skipped[name] = str(reason)
-    except torch.OutOfMemoryError as reason:
-        row.skipped[name] = _out_of_memory(reason)
-    except Exception as reason:
-        sentence = re.split(r"\n|[.] ", str(reason))[0]
+    except (Unavailable, torch.OutOfMemoryError) as error:
+        row.skipped[name] = reason(error)
+    except Exception as error:
         # A baseline that refuses a case is absent; we may not refuse one.
-        (row.failed if name == OURS else row.skipped)[name] = f"{type(reason).__name__}: {sentence[:160]}"
+        (row.failed if name == OURS else row.skipped)[name] = reason(error)
         row.error.pop(name, None)
     free()
     return None
@@ -162,8 +164,29 @@ def _call(run: Run) -> bool:
     return True
 
 
-def _out_of_memory(error: BaseException) -> str:
-    return f"out of memory: {str(error).split('. GPU')[0]}"
+def reason(error: Exception) -> str:
+    """Why something was not run, in a line."""
+    if isinstance(error, Unavailable):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {str(error).split('. GPU')[0]}"
+    sentence = re.split(r"\n|[.] ", str(error))[0]
+    return f"{type(error).__name__}: {sentence[:160]}"
+
+
+def path(unsupported: str | None, device_type: str) -> str:
+    """What our public functions run, by what `supports` says: kernel, fallback or reference."""
+    if unsupported is not None:
+        return "fallback"
+    return "kernel" if device_type == "cuda" else "reference"
+
+
+def compiled(function: Callable[..., R], device: torch.device) -> Callable[..., R]:
+    """A baseline under torch.compile, anew for every case. Raises Unavailable on CPUs."""
+    if device.type == "cpu":
+        raise Unavailable("on GPUs only: here it would mostly measure the compiler")
+    torch._dynamo.reset()  # or it would generalise over the shapes it has seen
+    return torch.compile(function, dynamic=False)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashmoe_train import moe
 from flashmoe_train.bench import peers
-from flashmoe_train.bench.measure import DTYPES, ERROR_BOUND, Contender, OperatorBench, Problem, Unavailable
+from flashmoe_train.bench.measure import DTYPES, ERROR_BOUND, Contender, OperatorBench, Problem, compiled, path
 from flashmoe_train.bench.moe_cases import STANDARD, TINY, Case, Inputs, Layer, draw
 from flashmoe_train.bench.moe_reference import forward_error, gradient_error
 from flashmoe_train.bench.timing import Run
@@ -30,15 +30,20 @@ def grouped(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ids: Tensor, weights:
     """What TorchTitan's layer does: gather, three grouped products, weights multiplied in float32, scatter."""
     order, ends = sorted_slots(ids, w1.shape[0])
     token = order // ids.shape[1]
-    rows = x[token]
+    y = grouped_experts(x[token], w1, w2, w3, ends)
+    return scattered(y, weights.reshape(-1)[order], token, len(x))
+
+
+def grouped_experts(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ends: Tensor) -> Tensor:
     activation = F.silu(F.grouped_mm(rows, w1.transpose(1, 2), offs=ends))
     activation = activation * F.grouped_mm(rows, w3.transpose(1, 2), offs=ends)
-    y = F.grouped_mm(activation, w2.transpose(1, 2), offs=ends)
-    return _scattered(y, weights.reshape(-1)[order], token, x)
+    return F.grouped_mm(activation, w2.transpose(1, 2), offs=ends)
 
 
-def _scattered(y: Tensor, row_weight: Tensor, token: Tensor, x: Tensor) -> Tensor:
-    return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, y * row_weight[:, None]).to(x.dtype)
+def scattered(y: Tensor, row_weight: Tensor, token: Tensor, tokens: int) -> Tensor:
+    """The rows of each token, weighted and summed in float32: `[tokens, d]`."""
+    out = torch.zeros(tokens, y.shape[1], dtype=torch.float32, device=y.device)
+    return out.index_add(0, token, y * row_weight[:, None]).to(y.dtype)
 
 
 def loop(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -50,7 +55,7 @@ def loop(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ids: Tensor, weights: Te
     # unbind, as if every expert were a module of its own: indexing would make w[e]'s gradient as large as w's.
     experts = zip(rows, w1.unbind(), w2.unbind(), w3.unbind(), strict=True)
     y = torch.cat([F.linear(F.silu(F.linear(xe, e1)) * F.linear(xe, e3), e2) for xe, e1, e2, e3 in experts])
-    return _scattered(y, weights.reshape(-1)[order], token, x)
+    return scattered(y, weights.reshape(-1)[order], token, len(x))
 
 
 def plain(function: Callable[..., Tensor]) -> Callable[[Inputs], Layer]:
@@ -58,21 +63,10 @@ def plain(function: Callable[..., Tensor]) -> Callable[[Inputs], Layer]:
     return lambda inputs: Layer(partial(function, *inputs), (*inputs[:4], inputs.weights))
 
 
-def _compiled(inputs: Inputs) -> Layer:
-    if inputs.x.device.type == "cpu":
-        raise Unavailable("on GPUs only: here it would mostly measure the compiler")
-    return plain(compile_grouped())(inputs)
-
-
-def compile_grouped() -> Callable[..., Tensor]:
-    torch._dynamo.reset()  # or it would generalise over the shapes it has seen
-    return torch.compile(grouped, dynamic=False)
-
-
 LAYERS: dict[str, Callable[[Inputs], Layer]] = {
     "flashmoe": plain(moe),
     "grouped": plain(grouped),
-    "compiled": _compiled,
+    "compiled": lambda inputs: plain(compiled(grouped, inputs.x.device))(inputs),
     "loop": plain(loop),
     "sonicmoe": peers.sonicmoe_layer,
 }
@@ -119,15 +113,9 @@ def _prepare(case: Case, device: torch.device, backward: bool) -> Problem:
         error=error,
         error_bound=ERROR_BOUND[dtype],
         work=(18 if backward else 6) * case.T * case.K * case.n * case.d,
-        flashmoe_path=_path(x),
+        flashmoe_path=path(supports(MoECase.of(x)), device.type),
         floors={"gemm_floor": partial(_gemm_floor, case, device)},
     )
-
-
-def _path(x: Tensor) -> str:
-    if supports(MoECase.of(x)) is not None:
-        return "fallback"
-    return "kernel" if x.is_cuda else "reference"
 
 
 BENCHES = (

@@ -14,7 +14,7 @@ from flashmoe_train.bench.measure import (
     Contender,
     OperatorBench,
     Problem,
-    Unavailable,
+    compiled,
     relative_error,
     worst,
 )
@@ -113,13 +113,6 @@ def _copy(case: Case, device: torch.device) -> Run:
     return lambda: target.copy_(source)
 
 
-def _compiled(function: Callable[[], Any], device: torch.device) -> Run:
-    if device.type == "cpu":
-        raise Unavailable("on GPUs only: here it would mostly measure the compiler")
-    torch._dynamo.reset()  # or it would generalise over the shapes it has seen
-    return torch.compile(function, dynamic=False)
-
-
 # ----------------------------------------------------------------------------------------------------------- problems
 # Each: (what is timed, by name; the error of its result). PyTorch's ways get the indices in the form they want.
 
@@ -146,7 +139,7 @@ def _permute(data: Data, experts: int) -> Contest:
     contenders: dict[str, Contender] = {
         "flashmoe": lambda: lambda: moe_permute(x, plan.row_slot, plan.slot_row),
         "gather": lambda: lambda: x[token],
-        "compiled": partial(_compiled, lambda: x[token], x.device),
+        "compiled": partial(compiled, lambda: x[token], x.device),
     }
     # In x's dtype: a float64 copy of the rows would be four times as large, and equal is equal.
     return contenders, lambda found: 0.0 if torch.equal(found, x[token]) else relative_error(found, x[token].double())
@@ -172,7 +165,7 @@ def _combine(data: Data, experts: int, weighted: bool) -> Contest:
     contenders: dict[str, Contender] = {
         "flashmoe": lambda: lambda: moe_combine(rows, slot_row, weights),
         "gather": lambda: gather,
-        "compiled": partial(_compiled, gather, rows.device),
+        "compiled": partial(compiled, gather, rows.device),
         "index_add": lambda: index_add,
     }
     return contenders, lambda found: relative_error(found, wanted)
@@ -201,7 +194,7 @@ def _combine_backward(data: Data, experts: int) -> Contest:
     contenders: dict[str, Contender] = {
         "flashmoe": lambda: lambda: torch.ops.flashmoe.moe_combine_backward(dout, rows, slot_row, weights),
         "gather": lambda: gather,
-        "compiled": partial(_compiled, gather, rows.device),
+        "compiled": partial(compiled, gather, rows.device),
     }
     return contenders, error
 

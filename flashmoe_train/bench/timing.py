@@ -15,16 +15,18 @@ class Stopwatch:
     """Times runs on one device: by CUDA events on a GPU, by the host's clock elsewhere.
 
     Before each timed run on a GPU a buffer larger than the L2 cache is written, so that no input is found there.
-    `seconds` is about how much time one implementation gets, within `rounds` (least, most) of them.
+    `seconds` is about how much time one implementation gets, within `rounds` (least, most) of them. `align` is called
+    before every run that is timed: processes that measure together wait for each other there.
     """
 
     def __init__(
-        self, device: torch.device, seconds: float | None = None, rounds: tuple[int, int] | None = None
+        self,
+        device: torch.device,
+        seconds: float | None = None,
+        rounds: tuple[int, int] | None = None,
+        align: Callable[[], object] = lambda: None,
     ) -> None:
-        self.device = device
-        self.align: Callable[[], None] = lambda: (
-            None
-        )  # runs before every timed run: where processes wait for each other
+        self.device, self.align = device, align
         on_gpu = device.type == "cuda"
         # Times on a CPU prove that a bench works; nobody quotes them.
         self.seconds = seconds if seconds is not None else 0.75 if on_gpu else 0.02

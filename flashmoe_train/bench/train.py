@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from flashmoe_train import recipe as recipes
-from flashmoe_train.bench.measure import Bench
+from flashmoe_train.bench.measure import Bench, path
 from flashmoe_train.bench.results import OURS, Row
 from flashmoe_train.bench.timing import Stopwatch
 from flashmoe_train.errors import UsageError
-from flashmoe_train.ops.library import has_kernel
+from flashmoe_train.ops import attention, moe
 
-STOCK = "stock"
+STOCK = "stock"  # as OURS a value of the [flashmoe] table
 WARMUP = 5  # steps that compile, allocate and fill caches
 
 
@@ -50,11 +50,11 @@ class TrainBench(Bench):
     def measure(self, case: Case, stopwatch: Stopwatch) -> Row:
         if stopwatch.device.type == "cpu" and torch.cuda.is_available():
             raise UsageError("a recipe trains on this machine's GPUs: --device cpu is not possible here")
-        row = Row(case=case.as_json(), label=case.label, flashmoe_path=_path())
+        row = Row(case=case.as_json(), label=case.label, flashmoe_path=_path(stopwatch.device.type))
         losses = dict[str, list[float]]()
         for name in (STOCK, OURS):
             with tempfile.TemporaryDirectory() as folder:
-                summary = _train(case, "stock" if name == STOCK else "flashmoe", folder)
+                summary = _train(case, name, folder)
             if isinstance(summary, str):
                 row.failed[name] = summary
                 continue
@@ -66,9 +66,9 @@ class TrainBench(Bench):
         return row.model_copy(update={"loss": losses})
 
 
-def _train(case: Case, swap: str, folder: str) -> dict[str, Any] | str:
+def _train(case: Case, choice: str, folder: str) -> dict[str, Any] | str:
     """The summary of a run, or what it printed last."""
-    overrides = [*case.overrides, f"flashmoe.attention={swap}", f"flashmoe.moe={swap}", f"job.dump_folder={folder}"]
+    overrides = [*case.overrides, f"flashmoe.attention={choice}", f"flashmoe.moe={choice}", f"job.dump_folder={folder}"]
     command = [
         sys.executable,
         "-m",
@@ -86,10 +86,10 @@ def _train(case: Case, swap: str, folder: str) -> dict[str, Any] | str:
     return json.loads((Path(folder) / "summary.json").read_text())
 
 
-def _path() -> str:
-    if not torch.cuda.is_available():
-        return "reference"
-    return "kernel" if has_kernel("attention_forward", "cuda") and has_kernel("moe_forward", "cuda") else "fallback"
+def _path(device_type: str) -> str:
+    attention_case = attention.AttentionCase(device_type, torch.bfloat16, 128, 128)
+    moe_case = moe.MoECase(device_type, torch.bfloat16)
+    return path(attention.supports(attention_case) or moe.supports(moe_case), device_type)
 
 
 def _devices() -> int:  # what `flashmoe train` takes

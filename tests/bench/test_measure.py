@@ -15,7 +15,7 @@ from torch import Tensor
 
 import flashmoe_train
 from flashmoe_train.bench import attention, attention_cases, moe, moe_cases, moe_parts, peers
-from flashmoe_train.bench.measure import OperatorBench, Problem, Unavailable, relative_error, worst
+from flashmoe_train.bench.measure import OperatorBench, Problem, Unavailable, compiled, relative_error, worst
 from flashmoe_train.bench.moe_cases import draw
 from flashmoe_train.bench.moe_reference import forward_error, gradient_error
 from flashmoe_train.bench.results import Results, Row, commit, compare, here, read
@@ -381,7 +381,7 @@ def test_compiled_baseline() -> None:
     ids, weights = draw(16, 4, 2, 0.0, CPU)
     shapes = (16, 8), (4, 16, 8), (4, 8, 16), (4, 16, 8)
     inputs = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
-    out = moe.compile_grouped()(*inputs, ids, weights)
+    out = compiled(moe.grouped, torch.device("cuda"))(*inputs, ids, weights)
     assert forward_error([*inputs, weights], ids, out) < 1e-2
 
 

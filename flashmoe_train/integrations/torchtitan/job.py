@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools.logging import logger
 
-from flashmoe_train.errors import UsageError
+from flashmoe_train.errors import UsageError, nearest
 
 BYTE_TOKENIZER = "bytes"  # as [model] hf_assets_path: one token per byte, written into the run's folder
 
@@ -42,7 +41,7 @@ def check_keys(cls: type, data: dict[str, Any], table: str = "") -> None:
     for key, value in data.items():
         place = f"[{table}] {key}" if table else f"[{key}]"
         if key not in fields:
-            raise UsageError(f"unknown {'key' if table else 'table'} {place}; {nearest(key, fields)}")
+            raise UsageError(f"unknown {'key' if table else 'table'} {place}; {nearest(key, sorted(fields))}")
         if dataclasses.is_dataclass(fields[key]):
             if not isinstance(value, dict):
                 raise UsageError(f"{place} must be a table, found {value!r}")
@@ -155,18 +154,12 @@ def _train_spec(name: str) -> TrainSpec:
     try:
         return get_train_spec(name)
     except ValueError:
-        raise UsageError(f"[model] name = {name!r} is not a model; {nearest(name, _supported_models)}") from None
+        hint = nearest(name, sorted(_supported_models))
+        raise UsageError(f"[model] name = {name!r} is not a model; {hint}") from None
 
 
 def known(key: str, value: str, choices: Iterable[str]) -> None:
     """Raises UsageError unless `value` is one of `choices`."""
-    choices = list(choices)
+    choices = sorted(choices)
     if value not in choices:
         raise UsageError(f"{key} = {value!r} does not exist; {nearest(value, choices)}")
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """A hint for the end of an error's text."""
-    choices = sorted(choices)
-    close = difflib.get_close_matches(name, choices, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"possible: {', '.join(choices)}"
