@@ -31,12 +31,11 @@ lint: .venv/installed
 # The installation has built the kernels, if there is nvcc; later changes are compiled here, in seconds.
 LIBRARY := flashmoe_train/libflashmoe_cuda.so
 kernels: .venv/installed
-	@if [ -n "$${CUDACXX:-$$(command -v nvcc)}" ]; then \
-		if [ ! -e $(LIBRARY) ] || [ -n "$$(find csrc -newer $(LIBRARY))" ]; then \
-			cmake -S csrc -B build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python && cmake --build build --parallel && \
-			touch $(LIBRARY); \
-		fi; \
-	elif [ -e $(LIBRARY) ] && [ -n "$$(find csrc -newer $(LIBRARY))" ]; then \
+	@if [ -e $(LIBRARY) ] && [ -z "$$(find csrc -newer $(LIBRARY))" ]; then :; \
+	elif [ -n "$${CUDACXX:-$$(command -v nvcc)}" ]; then \
+		cmake -S csrc -B build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python && cmake --build build --parallel && \
+		touch $(LIBRARY); \
+	elif [ -e $(LIBRARY) ]; then \
 		echo "csrc is newer than $(LIBRARY), and there is no nvcc to compile it: set CUDACXX, or delete the library"; exit 1; \
 	fi
 

@@ -13,9 +13,9 @@ namespace {
 template <int GROUP>
 constexpr int PACKS = GROUP <= 2 ? 16 : 8;
 
-// One warp sums PACKS<GROUP> packs per lane of one token (grid.y: the parts of a row), GROUP slots at a time: the loads of all
-// slots of a group are under way before the first sum waits for one, and where a group holds all slots (SLOTS <= GROUP, the
-// rule) their addresses and weights are fetched once for all columns.
+// One warp sums PACKS<GROUP> packs per lane of one token (grid.y: the parts of a row), GROUP slots at a time: the loads of
+// all slots of a group are under way before the first sum waits for one. Where a group holds all of a token's slots, which
+// is the rule, their rows and weights are fetched once for all columns.
 template <typename T, int N, int GROUP>
 __global__ void __launch_bounds__(256, 3) combine_kernel(CombineParams p) {
   using Sum = Accumulator<T>;
