@@ -32,13 +32,23 @@ inline std::string text(const Tensor& x) {  // its shape: [2, 3]
   return result + "]";
 }
 
+// What the library holds code for: see CMakeLists.txt.
+inline void check_launch(cudaError_t error) {
+  STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice,
+                  "flashmoe_train's kernels need a GPU of compute capability 8.0 (Ampere) or later; on older ones delete "
+                  "libflashmoe_cuda.so from the package: PyTorch's own operations then do this work");
+  STD_CUDA_CHECK(error);
+}
+
 inline void check_device(const char* name, const Tensor& x, const Tensor& first) {
   STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == first.get_device_index(), name, " must be on CUDA device ",
                   first.get_device_index(), " like the other tensors");
 }
 
-// A floating-point matrix with a contiguous last dimension.
+// A floating-point matrix on a CUDA device, with a contiguous last dimension. One argument there is enough to get here,
+// so the first one may be elsewhere.
 inline void check_matrix(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cuda(), name, " must be on a CUDA device like the other tensors");
   STD_TORCH_CHECK(x.dim() == 2, name, " must have 2 dimensions, found ", text(x));
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Float ||

@@ -2,6 +2,8 @@
 //
 // Both are bound by memory: R * d elements are read once (and written once by the gradient). One writer per output and a
 // fixed order of sums, so results repeat bitwise. docs/kernels/combine.md says why the kernels are built as they are.
+#include <algorithm>
+
 #include "moe/rows.cuh"
 
 namespace flashmoe {
@@ -99,6 +101,7 @@ __global__ void __launch_bounds__(256) combine_backward_kernel(CombineBackwardPa
   const T* y = static_cast<const T*>(p.rows) + row * p.rows_stride;
   T* dy = static_cast<T*>(p.drows) + row * p.dim;
   const Sum weight = static_cast<const Sum*>(p.weights)[slot];
+  if (lane == 0) p.row_slot[row] = static_cast<int>(slot);  // not last: slot would live in registers until then
   Sum product = 0;
 #pragma unroll 4
   for (int64_t column = lane * N; column < p.dim; column += 32 * N) {
@@ -116,22 +119,20 @@ __global__ void __launch_bounds__(256) combine_backward_kernel(CombineBackwardPa
 
   // The same tree of sums whatever the launch: repeats bitwise.
   for (int offset = 16; offset > 0; offset /= 2) product += __shfl_xor_sync(0xffffffff, product, offset);
-  if (lane == 0) {
-    *dweight = product;
-    p.written[row] = 1;
-  }
+  if (lane == 0) *dweight = product;
 }
 
-// Zeros the rows that no slot wrote. One warp looks at 32 rows; as a rule there are none.
+// After all slots have written: one warp zeros those of 32 rows that no slot wrote, and asserts of 32 slots that nobody
+// else wrote into their rows. An atomic in the kernel above would say so too, but its warps would wait for the answer.
 template <typename T>
-__global__ void __launch_bounds__(256) zero_unwritten_kernel(CombineBackwardParams p) {
-  const int64_t first = (int64_t(blockIdx.x) * blockDim.y + threadIdx.y) * 32;
-  const int64_t own = first + threadIdx.x;
-  unsigned unwritten = __ballot_sync(0xffffffff, own < p.row_count && !p.written[own]);
-  for (; unwritten; unwritten &= unwritten - 1) {
-    T* row = static_cast<T*>(p.drows) + (first + __ffs(unwritten) - 1) * p.dim;
-    for (int64_t column = threadIdx.x; column < p.dim; column += 32) row[column] = T(0.0f);
+__global__ void __launch_bounds__(256) finish_backward_kernel(CombineBackwardParams p) {
+  const int64_t first = (int64_t(blockIdx.x) * blockDim.y + threadIdx.y) * 32, own = first + threadIdx.x;
+  if (own < p.tokens * p.slots) {
+    const int row = p.slot_row[own];
+    assert((row < 0 || p.row_slot[row] == own) && "slot_row must not name a row twice");
   }
+  const unsigned nobodys = __ballot_sync(0xffffffff, own < p.row_count && p.row_slot[own] < 0);
+  zero_rows(static_cast<T*>(p.drows), p.dim, first, nobodys, 0, p.dim);
 }
 
 }  // namespace
@@ -161,7 +162,7 @@ cudaError_t moe_combine(const CombineParams& p, cudaStream_t stream) {
 
 cudaError_t moe_combine_backward(const CombineBackwardParams& p, cudaStream_t stream) {
   if (p.row_count > 0)
-    if (const cudaError_t error = cudaMemsetAsync(p.written, 0, p.row_count, stream)) return error;
+    if (const cudaError_t error = cudaMemsetAsync(p.row_slot, -1, p.row_count * sizeof(int32_t), stream)) return error;
   return for_type(p.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int N = 16 / sizeof(T);
@@ -170,7 +171,8 @@ cudaError_t moe_combine_backward(const CombineBackwardParams& p, cudaStream_t st
                          aligned_to_16(p.dout, p.dout_stride * sizeof(T)) && aligned_to_16(p.drows, p.dim * sizeof(T));
     if (slots > 0 && aligned) combine_backward_kernel<T, N><<<blocks(slots), WARPS, 0, stream>>>(p);
     if (slots > 0 && !aligned) combine_backward_kernel<T, 1><<<blocks(slots), WARPS, 0, stream>>>(p);
-    if (p.row_count > 0) zero_unwritten_kernel<T><<<blocks((p.row_count + 31) / 32), WARPS, 0, stream>>>(p);
+    const int64_t entries = std::max(p.row_count, slots);
+    if (entries > 0) finish_backward_kernel<T><<<blocks((entries + 31) / 32), WARPS, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

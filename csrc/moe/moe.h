@@ -3,7 +3,10 @@
 //   T tokens    K slots (experts) per token    R rows, sorted by expert    d model dim
 //
 // Slot (t, k) is computed in row slot_row[t, k]; row r computes slot row_slot[r] = t * K + k; -1 is nobody. Matrices have
-// a contiguous last dimension and a stride, in elements, from row to row. Index values are asserted on the device.
+// a contiguous last dimension and a stride, in elements, from row to row.
+//
+// Index values are asserted on the device: that they are in range everywhere; that the maps are each other's inverse by
+// permute; that no two slots share a row by combine's gradient, which would have two writers there.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +50,7 @@ struct CombineBackwardParams {
   const void* weights;      // [T, K]
   void* drows;              // [R, d], contiguous
   void* dweights;           // [T, K]
-  uint8_t* written;         // [R], workspace
+  int32_t* row_slot;        // [R], workspace: becomes the inverse of slot_row
   int64_t tokens, row_count, dim, dout_stride, rows_stride;
   int slots;                // K
   DType dtype;              // of dout, rows and drows

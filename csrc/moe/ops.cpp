@@ -35,7 +35,8 @@ void check_weights(const Tensor& weights, const Tensor& slot_row, const Tensor& 
 }
 
 int check_slots(const Tensor& slot_row) {
-  STD_TORCH_CHECK(slot_row.size(1) <= INT_MAX, "slot_row must have fewer than 2^31 columns, found ", text(slot_row));
+  STD_TORCH_CHECK(slot_row.numel() <= INT_MAX && slot_row.size(1) <= INT_MAX,
+                  "slot_row must have fewer than 2^31 entries, found ", text(slot_row));
   return static_cast<int>(slot_row.size(1));
 }
 
@@ -55,8 +56,8 @@ Tensor permute(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row) 
   p.rows = rows.mutable_data_ptr();
   p.tokens = x.size(0), p.row_count = row_slot.size(0), p.dim = x.size(1), p.x_stride = x.stride(0);
   p.slots = check_slots(slot_row);
-  p.element_size = dtype_of(x) == DType::float64 ? 8 : dtype_of(x) == DType::float32 ? 4 : 2;
-  STD_CUDA_CHECK(moe_permute(p, current_stream(x)));
+  p.element_size = static_cast<int>(x.element_size());
+  check_launch(moe_permute(p, current_stream(x)));
   return rows;
 }
 
@@ -76,7 +77,7 @@ Tensor combine(const Tensor& rows, const Tensor& slot_row, const std::optional<T
   p.tokens = slot_row.size(0), p.row_count = rows.size(0), p.dim = rows.size(1), p.rows_stride = rows.stride(0);
   p.slots = check_slots(slot_row);
   p.dtype = dtype_of(rows);
-  STD_CUDA_CHECK(moe_combine(p, current_stream(rows)));
+  check_launch(moe_combine(p, current_stream(rows)));
   return out;
 }
 
@@ -95,7 +96,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout, const Tensor& ro
   const Tensor index = torch::stable::contiguous(slot_row), factors = torch::stable::contiguous(weights);
   Tensor drows = new_empty(rows, {rows.size(0), rows.size(1)});
   Tensor dweights = new_empty(weights, {weights.size(0), weights.size(1)});
-  Tensor written = new_empty(rows, {rows.size(0)}, ScalarType::Byte);
+  Tensor row_slot = new_empty(rows, {rows.size(0)}, ScalarType::Int);
   CombineBackwardParams p{};
   p.dout = dout.const_data_ptr();
   p.rows = rows.const_data_ptr();
@@ -103,12 +104,12 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout, const Tensor& ro
   p.weights = factors.const_data_ptr();
   p.drows = drows.mutable_data_ptr();
   p.dweights = dweights.mutable_data_ptr();
-  p.written = written.mutable_data_ptr<uint8_t>();
+  p.row_slot = row_slot.mutable_data_ptr<int32_t>();
   p.tokens = slot_row.size(0), p.row_count = rows.size(0), p.dim = rows.size(1);
   p.dout_stride = dout.stride(0), p.rows_stride = rows.stride(0);
   p.slots = check_slots(slot_row);
   p.dtype = dtype_of(rows);
-  STD_CUDA_CHECK(moe_combine_backward(p, current_stream(rows)));
+  check_launch(moe_combine_backward(p, current_stream(rows)));
   return {drows, dweights};
 }
 

@@ -1,4 +1,4 @@
-// What the kernels that move rows share: packs of elements, blocks of warps.
+// What the kernels that move rows share: packs of elements, blocks of warps, rows of nobody.
 #pragma once
 
 #include <cassert>
@@ -30,6 +30,16 @@ inline bool aligned_to_16(const void* pointer, int64_t stride_bytes) {
 constexpr dim3 WARPS(32, 8);
 
 inline unsigned blocks(int64_t warps) { return unsigned((warps + WARPS.y - 1) / WARPS.y); }
+
+// One warp zeros columns begin ... end of those of 32 rows, from `first` on, whose bits are set in `nobodys`: as a rule
+// none are.
+template <typename Unit>
+__device__ void zero_rows(Unit* rows, int64_t width, int64_t first, unsigned nobodys, int64_t begin, int64_t end) {
+  for (; nobodys; nobodys &= nobodys - 1) {
+    Unit* row = rows + (first + __ffs(nobodys) - 1) * width;
+    for (int64_t column = begin + threadIdx.x; column < end; column += 32) row[column] = Unit{};
+  }
+}
 
 // Calls function(T()) for the element type.
 template <typename Function>

@@ -6,6 +6,7 @@ the operators exist, with the same schemas, on a machine that has no compiler an
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +41,18 @@ def segments(name: str, bounds: torch.Tensor, rows: int) -> list[tuple[int, int]
     if values[0] != 0 or values[-1] > rows or any(a > b for a, b in itertools.pairwise(values)):
         raise ValueError(f"{name} must start at 0, not decrease and end within the {rows} rows, found {values}")
     return list(itertools.pairwise(values))
+
+
+def differentiable_once(op: str) -> None:
+    """Says of `op`, which computes a gradient, that it has none of its own: asking for it is an error on every device.
+
+    Otherwise a reference would record PyTorch's own operations where a kernel records nothing.
+    """
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"flashmoe::{op} has no gradient: the operators can be differentiated once")
+
+    torch.library.register_autograd(f"flashmoe::{op}", refuse, lib=LIBRARY)
 
 
 @torch.compiler.assume_constant_result

@@ -1,5 +1,6 @@
 """The compiled library, as far as a machine without a GPU can judge it: builds it afresh and reads what came out."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -62,7 +64,10 @@ def kernels(log: str) -> list[Kernel]:
 def test_no_kernel_spills(built: tuple[Path, str]) -> None:
     found = kernels(built[1])
     names = "\n".join(kernel.name for kernel in found)
-    assert all(name in names for name in ("combine_kernel", "combine_backward_kernel", "permute_kernel"))
+    assert all(
+        name in names
+        for name in ("combine_kernel", "combine_backward_kernel", "finish_backward_kernel", "permute_kernel")
+    )
     assert {kernel.architecture for kernel in found} == {"sm_80", "sm_90"}
     assert not [kernel for kernel in found if kernel.spilled]
 
@@ -91,6 +96,58 @@ def test_every_claimed_operator_has_its_kernel(built: tuple[Path, str]) -> None:
     found = subprocess.run([sys.executable, "-c", program, built[0]], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert int(found.stdout) > 0
+
+
+@needs_nvcc
+def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
+    """Another argument there is enough for PyTorch to choose these kernels. Here they are named, for want of a GPU."""
+    program = (
+        "import ctypes, os, sys, torch\n"
+        "torch.version.cuda = None\n"
+        "import flashmoe_train.ops.moe\n"
+        "ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY)\n"
+        "on_gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)\n"
+        "ops, x, index = torch.ops.flashmoe, torch.ones(4, 16), torch.zeros(4, 2, dtype=torch.int32)\n"
+        "for op, arguments in (\n"
+        "    (ops.moe_permute, (x, index[0], index)),\n"
+        "    (ops.moe_combine, (x, index, None)),\n"
+        "    (ops.moe_combine_backward, (x, x, index, torch.ones(4, 2))),\n"
+        "):\n"
+        "    try:\n"
+        "        op.default.redispatch(on_gpu, *arguments)\n"
+        "    except RuntimeError as error:\n"
+        "        print(str(error).splitlines()[0].split(', ')[-1])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program, built[0]], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == [
+        f"{name} must be on a CUDA device like the other tensors" for name in ("x", "rows", "rows")
+    ]
+
+
+@needs_nvcc
+def test_older_gpu_is_told_what_is_needed(tmp_path: Path) -> None:
+    """What a launch returns there, made an error as the operators do it."""
+    (tmp_path / "launch.cpp").write_text(
+        "#include <cstdio>\n"
+        '#include "binding.h"\n'
+        'extern "C" void launch(char* text, size_t size) try {\n'
+        "  flashmoe::check_launch(cudaErrorNoKernelImageForDevice);\n"
+        "} catch (const std::runtime_error& error) {\n"
+        '  std::snprintf(text, size, "%s", error.what());\n'
+        "}\n"
+    )
+    command = [
+        os.environ.get("CUDACXX", "nvcc"), "-shared", "-Xcompiler=-fPIC", "-std=c++20", "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}", tmp_path / "launch.cpp",
+        f"-I{Path(torch.__file__).parent / 'include'}", "-o", tmp_path / "launch.so",
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-5000:]
+    text = ctypes.create_string_buffer(1000)
+    # RTLD_LAZY: CUDA's part of PyTorch is missing here and not called.
+    ctypes.CDLL(str(tmp_path / "launch.so"), mode=os.RTLD_LAZY).launch(text, ctypes.c_size_t(len(text)))
+    assert b"need a GPU of compute capability 8.0 (Ampere) or later" in text.value
 
 
 @needs_nvcc

@@ -195,6 +195,15 @@ def test_more_than_2_31_elements() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["x", "rows"])
+def test_first_tensor_that_is_not_on_the_gpu(name: str) -> None:
+    """The operators are called directly: the others being on the GPU is enough for the kernels to be chosen."""
+    x, index = torch.ones(4, 16), torch.zeros(4, 2, dtype=torch.int32, device="cuda")
+    with pytest.raises(RuntimeError, match=f"{name} must be on a CUDA device"):
+        ops.moe_permute(x, index[:, 0], index) if name == "x" else ops.moe_combine(x, index, None)
+
+
+@pytest.mark.gpu
 def test_second_gpu() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
@@ -205,18 +214,26 @@ def test_second_gpu() -> None:
     )
 
 
-INDEX_ERRORS = {
-    "slot_row names a row that rows does not have": "moe_combine(x, torch.full((8, 2), 8, **i), None)",
-    "slot_row names a row that row_slot does not have": "moe_permute(x, torch.full((9,), -1, **i), i2 + 9)",
-}
+INDEX_ERRORS = [  # x [8, 16]; a map i1 of 9 rows of nobody; a map i2 of 8 tokens, two slots each, all in row 0
+    ("slot_row names a row that rows does not have", "moe_combine(x, i2 + 8, None)"),
+    ("slot_row names a row that rows does not have", "ops.moe_combine_backward(x, x, i2 + 8, w)"),
+    ("slot_row must not name a row twice", "ops.moe_combine_backward(x, x, i2, w)"),
+    ("slot_row names a row that row_slot does not have", "moe_permute(x, i1, i2 + 9)"),
+    ("slot_row names a row that row_slot does not have", "moe_permute(x, i1[:0], i2)"),
+    ("row_slot names a slot that slot_row does not have", "moe_permute(x, i1 + 17, i2 - 1)"),
+    ("slot_row must be the inverse of row_slot", "i1[0] = 0; moe_permute(x, i1, i2)"),  # row 0 for all slots
+    ("slot_row must be the inverse of row_slot", "i1[3] = 0; moe_permute(x, i1, i2 - 1)"),  # a row that nobody writes
+    ("slot_row must be the inverse of row_slot", "x.requires_grad_(); moe_combine(x, i2, None).sum().backward()"),
+]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("text, call", INDEX_ERRORS.items())
+@pytest.mark.parametrize("text, call", INDEX_ERRORS)
 def test_wrong_index_value_is_asserted_on_the_device(text: str, call: str) -> None:
     program = (
-        "import torch\nfrom flashmoe_train.ops.moe import moe_combine, moe_permute\n"
-        "i = dict(dtype=torch.int32, device='cuda')\nx, i2 = torch.ones(8, 16, device='cuda'), torch.zeros(8, 2, **i)\n"
+        "import torch\nfrom flashmoe_train.ops.moe import moe_combine, moe_permute\nops = torch.ops.flashmoe\n"
+        "x, w = torch.ones(8, 16, device='cuda'), torch.ones(8, 2, device='cuda')\n"
+        "i1, i2 = torch.full((9,), -1, dtype=torch.int32, device='cuda'), torch.zeros_like(w, dtype=torch.int32)\n"
         f"{call}\ntorch.cuda.synchronize()"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -263,6 +280,10 @@ def test_maps_are_one_to_one() -> None:
     row_slot = torch.tensor([0, 1, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match="slot_row must be the inverse of row_slot"):
         moe_permute(x, row_slot, twice)
+    with pytest.raises(ValueError, match="slot_row names a row that row_slot does not have: 2 of 2"):
+        moe_permute(x, row_slot[:2], twice)
+    with pytest.raises(ValueError, match="slot_row names a row that rows does not have: 2 of 2"):
+        moe_combine(rows[:2], twice, None)
     with pytest.raises(ValueError, match="slot_row must be the inverse of row_slot"):
         moe_permute(x[:0], row_slot, twice[:0])
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flashmoe_train.ops.attention.checks import check, check_backward
 from flashmoe_train.ops.attention.reference import reference_backward, reference_forward
-from flashmoe_train.ops.library import LIBRARY, TAGS, accumulation_dtype
+from flashmoe_train.ops.library import LIBRARY, TAGS, accumulation_dtype, differentiable_once
 
 _ARGUMENTS = (
     "float softmax_scale, SymInt window_left, SymInt window_right, "
@@ -80,6 +80,7 @@ def _autograd(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None,
 
 
 torch.library.register_autograd("flashmoe::attention_forward", _autograd, setup_context=_setup_context, lib=LIBRARY)
+differentiable_once("attention_backward")
 
 
 def visible_pairs(length_q: int, length_k: int, window_left: int, window_right: int) -> int:

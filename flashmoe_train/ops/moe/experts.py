@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flashmoe_train.ops.library import LIBRARY, TAGS
+from flashmoe_train.ops.library import LIBRARY, TAGS, differentiable_once
 from flashmoe_train.ops.moe.checks import check
 from flashmoe_train.ops.moe.reference import reference_backward, reference_forward
 
@@ -85,6 +85,7 @@ def _autograd(ctx: Any, dout: Tensor | None, dh: None) -> tuple[Tensor | None, .
 
 
 torch.library.register_autograd("flashmoe::moe_forward", _autograd, setup_context=_setup_context, lib=LIBRARY)
+differentiable_once("moe_backward")
 
 
 # Three products forward, six backward; every row counts, since only the device knows how many belong to nobody.

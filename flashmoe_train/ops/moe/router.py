@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype
+from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype, differentiable_once
 from flashmoe_train.ops.moe.checks import check_matrix
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "topk_softmax")
@@ -246,3 +246,4 @@ def _autograd(ctx: Any, dweights: Tensor | None, dids: None, dscore_sums: Tensor
 
 
 torch.library.register_autograd("flashmoe::router_topk", _autograd, setup_context=_setup_context, lib=LIBRARY)
+differentiable_once("router_topk_backward")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype
+from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype, differentiable_once
 from flashmoe_train.ops.moe.checks import check_indices, check_matrix, check_weights
 
 LIBRARY.define("moe_permute(Tensor x, Tensor row_slot, Tensor slot_row) -> Tensor rows", tags=TAGS)
@@ -28,7 +28,7 @@ def moe_permute(x: Tensor, row_slot: Tensor, slot_row: Tensor) -> Tensor:
     """Copies tokens `x` `[T, d]` into the rows `[R, d]` of a plan; rows that belong to nobody are zero.
 
     `row_slot` and `slot_row` are a RoutePlan's, or of the same form with fewer rows (a part of the slots): each the
-    inverse of the other, which is checked on the CPU only.
+    inverse of the other. That is an error on the CPU where they are not, a device-side assertion in the CUDA kernel.
     Raises ValueError or TypeError that names the argument.
     """
     _check_permute(x, row_slot, slot_row)
@@ -39,7 +39,8 @@ def moe_combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tenso
     """Sums the rows `[R, d]` of each token's slots, times `weights` (float32 `[T, K]`), in float32: `[T, d]` in rows'
     dtype.
 
-    No two slots share a row (the gradient would have two writers), which is checked on the CPU only.
+    No two slots share a row: the gradient would have two writers. That is an error on the CPU where they do; on a GPU
+    the sum is taken all the same, and the kernels of the gradient assert it.
     Raises ValueError or TypeError that names the argument.
     """
     _check_combine(rows, slot_row, weights)
@@ -89,16 +90,24 @@ def _check_combine_backward(dout: Tensor, rows: Tensor, slot_row: Tensor, weight
 
 def _permute(x: Tensor, row_slot: Tensor, slot_row: Tensor) -> Tensor:
     _check_permute(x, row_slot, slot_row)
-    if x.device.type == "cpu" and not torch.equal(inverse(slot_row, row_slot.shape[0]), row_slot):
-        raise ValueError("slot_row must be the inverse of row_slot")
+    if x.device.type == "cpu":
+        _check_rows("row_slot", slot_row, row_slot.shape[0])
+        if not torch.equal(inverse(slot_row, row_slot.shape[0]), row_slot):
+            raise ValueError("slot_row must be the inverse of row_slot")
     if slot_row.numel() == 0:
         return x.new_zeros(row_slot.shape[0], x.shape[1])
     token = row_slot.clamp(min=0) // slot_row.shape[1]
     return x[token].masked_fill_((row_slot < 0)[:, None], 0)
 
 
-def _check_one_to_one(slot_row: Tensor) -> None:
+def _check_rows(name: str, slot_row: Tensor, count: int) -> None:
+    if slot_row.numel() and int(slot_row.max()) >= count:
+        raise ValueError(f"slot_row names a row that {name} does not have: {int(slot_row.max())} of {count}")
+
+
+def _check_one_to_one(slot_row: Tensor, count: int) -> None:
     if slot_row.device.type == "cpu":
+        _check_rows("rows", slot_row, count)
         used = slot_row[slot_row >= 0]
         if used.unique().numel() != used.numel():
             raise ValueError("slot_row must not name a row twice")
@@ -115,7 +124,7 @@ def _slots(rows: Tensor, slot_row: Tensor, k: int) -> Tensor:
 
 def _combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tensor:
     _check_combine(rows, slot_row, weights)
-    _check_one_to_one(slot_row)
+    _check_one_to_one(slot_row, rows.shape[0])
     out: Tensor | None = None
     for k in range(slot_row.shape[1]):
         term = _slots(rows, slot_row, k)
@@ -130,7 +139,7 @@ def _combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tensor:
 
 def _combine_backward(dout: Tensor, rows: Tensor, slot_row: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     _check_combine_backward(dout, rows, slot_row, weights)
-    _check_one_to_one(slot_row)
+    _check_one_to_one(slot_row, rows.shape[0])
     dweights = torch.empty_like(weights, memory_format=torch.contiguous_format)
     for k in range(slot_row.shape[1]):
         products = _slots(rows, slot_row, k) * dout
@@ -195,3 +204,4 @@ def _combine_autograd(ctx: Any, dout: Tensor) -> tuple[Tensor, None, Tensor | No
 
 torch.library.register_autograd("flashmoe::moe_permute", _permute_backward, setup_context=_setup_permute, lib=LIBRARY)
 torch.library.register_autograd("flashmoe::moe_combine", _combine_autograd, setup_context=_setup_combine, lib=LIBRARY)
+differentiable_once("moe_combine_backward")

@@ -1,0 +1,49 @@
+"""What holds for the operators of all families."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashmoe_train import attention, moe
+from flashmoe_train.ops.moe import moe_combine, router_topk
+
+IDS = torch.arange(6, dtype=torch.int32).view(3, 2)
+
+# What runs the operator that computes a gradient: (function, shapes of its inputs).
+GRADIENTS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "attention_backward": (attention, [(1, 4, 2, 8)] * 3),
+    "moe_backward": (
+        lambda x, w1, w2, w3, weights: moe(x, w1, w2, w3, IDS, weights),
+        [(3, 8), (6, 4, 8), (6, 8, 4), (6, 4, 8), (3, 2)],
+    ),
+    "moe_combine_backward": (lambda rows, weights: moe_combine(rows, IDS.to(rows.device), weights), [(6, 8), (3, 2)]),
+    "router_topk_backward": (lambda logits: router_topk(logits, 2).weights, [(3, 6)]),
+}
+
+
+def test_every_gradient_is_listed() -> None:
+    operators = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("flashmoe::")}
+    assert {name.removeprefix("flashmoe::") for name in operators if name.endswith("_backward")} == set(GRADIENTS)
+
+
+@pytest.mark.parametrize(
+    "device, op",
+    [
+        *(("cpu", op) for op in GRADIENTS),
+        pytest.param("cuda", "moe_combine_backward", marks=pytest.mark.gpu),
+        pytest.param("cuda", "router_topk_backward", marks=pytest.mark.gpu),
+    ],
+)
+def test_differentiable_once(device: str, op: str) -> None:
+    """A second gradient is an error that names the operator: neither silently nothing nor what a reference records."""
+    function, shapes = GRADIENTS[op]
+    inputs = [torch.rand(shape, device=device, requires_grad=True) for shape in shapes]
+    loss = function(*inputs).square().sum()
+    wanted = torch.autograd.grad(loss, inputs, retain_graph=True)
+    found = torch.autograd.grad(loss, inputs, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    for gradient in found:
+        with pytest.raises(NotImplementedError, match=f"flashmoe::{op} has no gradient"):
+            gradient.sum().backward(retain_graph=True)
