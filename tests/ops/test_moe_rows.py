@@ -189,9 +189,9 @@ def test_more_than_2_31_elements() -> None:
     drows, _ = ops.moe_combine_backward(out, rows, slot_row, torch.ones(tokens, 2, device="cuda"))
     assert (drows[-2:] == 3).all() and (drows[:-2] == 0).all()
     row_slot = torch.full((2 * tokens,), -1, dtype=torch.int32, device="cuda")
-    row_slot[-1] = 2 * tokens - 1
+    row_slot[-1], row_slot[-2] = 2 * tokens - 2, 2 * tokens - 1
     permuted = moe_permute(out, row_slot, slot_row)
-    assert (permuted[-1] == 3).all() and (permuted[:-1] == 0).all()
+    assert (permuted[-2:] == 3).all() and (permuted[:-2] == 0).all()
 
 
 @pytest.mark.gpu
