@@ -1,17 +1,15 @@
 """The `flashmoe` command."""
 
-import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
+from rich.console import Console
 
+from flashmoe_train import integrations, launch
 from flashmoe_train import recipe as recipes
-from flashmoe_train.errors import UsageError
-from flashmoe_train.train import AllowFallback, Overrides, Recipe
+from flashmoe_train.train import AllowFallback, Overrides, Recipe, usage_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -21,29 +19,68 @@ def flashmoe() -> None:
     """Trains mixture-of-experts transformers with fast attention and MoE operators."""
 
 
+Processes = Annotated[
+    int | None, typer.Option(help="Processes on this machine; default: one per GPU, 2 without a GPU.", min=1)
+]
+
+
 @app.command()
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    processes: Annotated[
-        int | None, typer.Option(help="Processes on this machine; default: one per GPU, 2 without a GPU.", min=1)
-    ] = None,
+    processes: Processes = None,
     allow_fallback: AllowFallback = False,
 ) -> None:
     """Trains RECIPE on this machine, under torchrun."""
-    try:
-        recipes.load(recipes.find(recipe), overrides or [])
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    # Without a GPU speed is not the point: two processes show what several GPUs will do.
-    processes = processes or torch.cuda.device_count() or 2
-    # torchrun would set one thread for each of several processes: share the cores out instead.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    _torchrun(
-        ["--standalone", f"--nproc-per-node={processes}", "-m", "flashmoe_train.train", recipe, *(overrides or [])]
-        + ["--allow-fallback"] * allow_fallback
-    )
+    with usage_errors():
+        recipes.load(recipe, overrides or [])
+    arguments = [recipe, *(overrides or []), *["--allow-fallback"] * allow_fallback]
+    launch.torchrun(arguments, processes or launch.default_processes())
+
+
+@app.command()
+def explain(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    processes: Processes = None,
+    everything: Annotated[bool, typer.Option("--all", help="List the framework's own defaults too.")] = False,
+) -> None:
+    """Shows what RECIPE comes to: its model, what the framework is told, what would be swapped. Trains nothing."""
+    with usage_errors():
+        loaded = recipes.load(recipe, overrides or [])
+        framework = integrations.part(loaded.framework, "explain")
+        framework.explain(loaded, processes or launch.default_processes(), everything).print(console())
+
+
+@app.command()
+def compare(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    processes: Processes = None,
+    allow_fallback: AllowFallback = False,
+    tolerance: Annotated[
+        float | None, typer.Option(help="End with 1 if a step's losses differ by more.", min=0)
+    ] = None,
+) -> None:
+    """Trains RECIPE as stock and swapped from the same weights; compares losses, speed and memory."""
+    from flashmoe_train.compare import compare
+
+    with usage_errors():
+        loaded = recipes.load(recipe, overrides or [])
+        try:
+            difference = compare(loaded, processes or launch.default_processes(), allow_fallback, console())
+        except launch.RunError as error:
+            sys.exit(f"error: {error}")
+    if tolerance is not None and not difference <= tolerance:
+        sys.exit(f"error: the losses differ by {difference:.1e}, more than {tolerance:.1e}")
+
+
+@app.command()
+def doctor() -> None:
+    """Says what this machine has and what runs on it; ends with 1 if `flashmoe train` cannot."""
+    from flashmoe_train.doctor import report
+
+    raise SystemExit(0 if report(console()) else 1)
 
 
 @app.command()
@@ -72,28 +109,16 @@ def bench(
     """Measures operators beside every baseline that is installed, after checking each result against float64."""
     from flashmoe_train.bench import Options, run
 
-    try:
+    with usage_errors():
         code = run(Options(subject, cases, json, plot, against, tolerance, device))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     raise SystemExit(code)
 
 
-def _torchrun(arguments: list[str]) -> None:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    # A process that fails prints its own error; torchrun's reports of it would bury that.
-    for module in ("api", "errors.error_handler"):
-        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{module}").setLevel(logging.CRITICAL)
-    try:
-        torchrun(arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            sys.exit(f"error: process {rank} was ended by {failure.signal_name()}")
-        sys.exit(failure.exitcode)
+def console() -> Console:
+    found = Console()
+    if not found.is_terminal:
+        found.width = 120
+    return found
 
 
 def main() -> None:

@@ -1,18 +1,62 @@
-"""The quickstart's corpus and tokenizer: PyTorch's own Python sources, byte by byte.
+"""Text to train on, as a recipe's `[data]` names it, and the quickstart's own corpus and tokenizer.
 
-Some 50 MB of real text that lies wherever the library runs: nothing to ship, nothing to download.
+That corpus is PyTorch's Python sources, byte by byte: some 50 MB of real text that lies wherever the library runs, with
+nothing to ship and nothing to download.
 """
 
 import random
 from collections.abc import Iterator
 from functools import cache
+from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flashmoe_train.errors import UsageError, nearest
+
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
+
+BYTE_TOKENIZER = "bytes"
+TORCH_SOURCES = {"torch_sources": False, "torch_sources_heldout": True}  # held out?
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
+
+
+def check_source(key: str, source: str | dict[str, Any]) -> None:
+    """Raises UsageError, naming `key`, if `open_source` could not find `source` on this machine."""
+    if isinstance(source, str) and source not in TORCH_SOURCES:
+        suffix = Path(source).suffix
+        if suffix not in _BUILDERS:
+            hint = nearest(source, list(TORCH_SOURCES), "nor one of ")
+            kinds = f"a file ({', '.join(_BUILDERS)}) nor a table of arguments for load_dataset"
+            raise UsageError(f"{key} = {source!r} is neither {kinds}; {hint}")
+        if not glob(source):
+            raise UsageError(f"{key} = {source!r}: no such file")
+
+
+def check_tokenizer(key: str, tokenizer: str) -> None:
+    """Raises UsageError, naming `key`, unless `tokenizer` is "bytes" or a folder with Hugging Face's files."""
+    if tokenizer != BYTE_TOKENIZER and not Path(tokenizer).is_dir():
+        raise UsageError(f"{key} = {tokenizer!r}: no such folder, and not {BYTE_TOKENIZER!r}")
+
+
+def open_source(source: str | dict[str, Any]) -> "Dataset | IterableDataset":
+    """The data set that `[data] train` or `heldout` names: "torch_sources", files, or arguments of `load_dataset`.
+
+    Raises UsageError with what Hugging Face's `datasets` says if it cannot be loaded.
+    """
+    from datasets import load_dataset
+
+    if isinstance(source, str):
+        if source in TORCH_SOURCES:
+            return corpus(TORCH_SOURCES[source])
+        source = {"path": _BUILDERS[Path(source).suffix], "data_files": source}
+    try:
+        return load_dataset(**{"split": "train"} | source)
+    except Exception as error:  # whatever a builder, a file system or a network raises
+        raise UsageError(f"load_dataset({source}) failed: {type(error).__name__}: {error}") from error
+
 
 _HELD_OUT = 20  # one file in this many is kept for validation
 _PIECE = 1000  # characters in a row of the data set

@@ -26,6 +26,8 @@ class Step:
     tokens_per_s: float  # per device
     seconds: float = 0.0  # wall time, mean of the steps since the last logged one
     peak_gib: float = 0.0  # most memory in use on a device during those; 0 on CPUs
+    expert_load: float | None = None  # of the busiest expert, in means; None for models without experts
+    dropped_rows: int | None = None  # slots (a token, one of its experts) that no expert computed
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Monitor:
         curve = self._draw(unigram_entropy)
         summary = self._write_summary(swaps, tokens_per_s, unigram_entropy)
 
-        self.console.print(_swap_table(swaps))
+        self.console.print(swap_table(swaps))
         facts = Table.grid(padding=(0, 2))
         facts.add_row("loss", f"{first.loss:.3f} → {last.loss:.3f} nats per token over {last.step} steps")
         if self.history.heldout:
@@ -91,6 +93,9 @@ class Monitor:
         if unigram_entropy is not None:
             facts.add_row("for scale", f"{unigram_entropy:.3f}: the entropy of the corpus' bytes, each taken alone")
         facts.add_row("speed", f"{tokens_per_s:,.0f} tokens/s per device (median)")
+        if last.expert_load is not None:
+            dropped = sum(step.dropped_rows or 0 for step in self.history.steps)
+            facts.add_row("expert load", f"busiest expert {last.expert_load:.2f} × the mean; {dropped} rows dropped")
         facts.add_row("TensorBoard", f"tensorboard --logdir {tensorboard}")
         facts.add_row("loss curve", str(curve))
         facts.add_row("summary", str(summary))
@@ -127,7 +132,7 @@ class Monitor:
         return path
 
 
-def _swap_table(swaps: Report) -> Table:
+def swap_table(swaps: Report) -> Table:
     table = Table(title="What was swapped", title_justify="left")
     for heading in ("module", "from", "to", "how many"):
         table.add_column(heading, overflow="fold")

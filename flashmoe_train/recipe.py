@@ -1,51 +1,74 @@
-"""Recipes: TOML files that say what to run. For now a recipe is a TorchTitan job file as it stands."""
+"""Recipes: TOML files that say what to run. Finds, reads and completes them; `schema` says what may be in them.
+
+A job file of TorchTitan is a recipe as it stands: it says all it says under `[torchtitan]`, and what its `[flashmoe]`
+table says is `[swap]`.
+"""
 
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from flashmoe_train.errors import UsageError, nearest
 from flashmoe_train.resources import resource
+from flashmoe_train.schema import Choice, Recipe, Swap, parse
 
 
-def find(name: str) -> Path:
-    """The file of a recipe, given as a path or by the name of one that ships with the package.
+def find(name: str, kind: str = "recipe") -> Path:
+    """The file of a recipe (or config), given as a path or by the name of one that ships with the package.
 
-    Raises UsageError that names the nearest shipped recipes.
+    Raises UsageError that names the nearest shipped ones.
     """
     if name.endswith(".toml"):
         path = Path(name)
         if path.is_file():
             return path
-    shipped = {path.stem: path for path in sorted(resource("recipes").glob("*.toml"))}
+    folder = resource(f"{kind}s")
+    shipped = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.toml"))}
     if name in shipped:
         return shipped[name]
-    hint = nearest(Path(name).stem, list(shipped), "shipped recipes: ")
-    raise UsageError(f"no recipe {name!r}: neither a TOML file nor a shipped recipe; {hint}")
+    hint = nearest(Path(name).stem, list(shipped), f"shipped {kind}s: ")
+    raise UsageError(f"no {kind} {name!r}: neither a TOML file nor a shipped {kind}; {hint}")
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The recipe's tables, with `table.key=value` overrides applied; a value is TOML, or a string as it stands.
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of that name or path, with `table.key=value` overrides applied; a value is TOML, or a string as it
+    stands.
 
-    Raises UsageError that says where the TOML is broken or which override is not of that form.
+    Raises UsageError for a file that is missing or broken, an override of another form, keys and values that the
+    schema does not have.
     """
-    try:
-        with open(path, "rb") as f:
-            tables = tomllib.load(f)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    path = find(name)
+    tables = read(path)
     for override in overrides:
         apply(tables, override)
-    return tables
+    if "framework" not in tables:
+        tables = _of_job_file(tables, path)
+    else:
+        tables.setdefault("data", {})
+        if isinstance(config := tables.get("config"), str):
+            tables["model"] = _merged(read(_config(config, path)), tables.get("model", {}))
+    tables.setdefault("folder", f"outputs/{path.stem}")
+    return parse(Recipe, tables)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises UsageError that says where it is broken."""
+    try:
+        with open(path, "rb") as f:
+            return tomllib.load(f)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
 
 
 def apply(tables: dict[str, Any], override: str) -> None:
     """Sets what `table.key=value` says in `tables`."""
     name, equals, text = override.partition("=")
     *path, key = name.split(".")
-    if not equals or not path or not all((*path, key)):
-        raise UsageError(f"an override must be table.key=value, found {override!r}")
+    if not equals or not all((*path, key)):
+        raise UsageError(f"an override must be key=value or table.key=value, found {override!r}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -55,3 +78,40 @@ def apply(tables: dict[str, Any], override: str) -> None:
         if not isinstance(tables, dict):
             raise UsageError(f"override {override!r}: {part} is a value, not a table")
     tables[key] = value
+
+
+def with_swap(recipe: Recipe, choice: Choice, folder: str) -> Recipe:
+    """The recipe with all or nothing swapped, run in another folder."""
+    return recipe.model_copy(update={"swap": Swap(attention=choice, moe=choice), "folder": folder})
+
+
+def write(recipe: Recipe, path: Path) -> None:
+    """Writes the recipe with the sizes of its config and all overrides in it: `load` gives the same again."""
+    tables = recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"config"})
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+
+
+def _config(name: str, recipe: Path) -> Path:
+    """A config's path is relative to the recipe that names it."""
+    return find(str(recipe.parent / name) if name.endswith(".toml") else name, "config")
+
+
+def _merged(sizes: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of a config, with those that a recipe changes."""
+    if not isinstance(changes, dict):
+        return changes  # the schema refuses it
+    inner = {key: _merged(sizes[key], value) for key, value in changes.items() if isinstance(sizes.get(key), dict)}
+    return sizes | changes | inner
+
+
+def _of_job_file(tables: dict[str, Any], path: Path) -> dict[str, Any]:
+    if "model" not in tables or "job" not in tables:
+        raise UsageError(
+            f'{path} says no framework = "torchtitan", and has no tables [job] and [model] as a job file of TorchTitan'
+        )
+    recipe = {"framework": "torchtitan", "torchtitan": tables}
+    if "flashmoe" in tables:
+        recipe["swap"] = parse(Swap, tables.pop("flashmoe"), "flashmoe").model_dump()
+    if isinstance(tables["job"], dict) and "dump_folder" in tables["job"]:
+        recipe["folder"] = tables["job"].pop("dump_folder")
+    return recipe

@@ -1,13 +1,16 @@
 """The program that torchrun starts on every process: `torchrun ... -m flashmoe_train.train RECIPE [key=value ...]`."""
 
+import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flashmoe_train import integrations
 from flashmoe_train import recipe as recipes
 from flashmoe_train.errors import UsageError
 
@@ -22,18 +25,28 @@ AllowFallback = Annotated[
 
 def train(recipe: str, overrides: list[str], allow_fallback: bool) -> None:
     """Trains a recipe in this process; all processes of the run call it."""
-    job = recipes.load(recipes.find(recipe), overrides)
+    loaded = recipes.load(recipe, overrides)
     if "WORLD_SIZE" not in os.environ:
         raise UsageError("this program is started by torchrun; `flashmoe train` does that for you")
-    from flashmoe_train.integrations.torchtitan import runner
+    runner = integrations.part(loaded.framework, "runner")
+    runner.run(loaded, f"{command_name()} train {recipe} training.steps=200", allow_fallback)
 
-    runner.run(job, f"{_command()} train {recipe} training.steps=200", allow_fallback)
 
-
-def _command() -> str:
+def command_name() -> str:
     """How the user starts `flashmoe` from here: by its path if its environment is not activated."""
     beside_python = Path(sys.executable).with_name("flashmoe")
     return "flashmoe" if shutil.which("flashmoe") or not beside_python.exists() else os.path.relpath(beside_python)
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Ends the program with a UsageError's text, said by one process, and no traceback."""
+    try:
+        yield
+    except UsageError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -42,12 +55,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(recipe: Recipe, overrides: Overrides = None, allow_fallback: AllowFallback = False) -> None:
     """Trains RECIPE on this process of a torchrun job."""
-    try:
+    with usage_errors():
         train(recipe, overrides or [], allow_fallback)
-    except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

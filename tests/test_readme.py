@@ -1,18 +1,57 @@
-"""The README's Python examples run as they stand."""
+"""The examples of README and docs work as they stand, and tables say what is so."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+from flashmoe_train import recipe
+from flashmoe_train.integrations.torchtitan.explain import explain
+from flashmoe_train.schema import Data, Parallel, Recipe, Swap, Training
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RECIPES = (ROOT / "docs/recipes.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+TOML = re.findall(r"```toml\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_example_runs(example: str) -> None:
+@pytest.mark.parametrize("example", PYTHON)
+def test_python_example_runs(example: str) -> None:
     exec(compile(example, "README.md", "exec"), {})
 
 
+@pytest.mark.parametrize("example", [text for text in TOML if "framework" in text])
+def test_recipe_example_is_one(example: str, tmp_path: Path) -> None:
+    (tmp_path / "example.toml").write_text(example)
+    explain(recipe.load(str(tmp_path / "example.toml")), 2)
+
+
 def test_there_are_examples() -> None:
-    assert EXAMPLES
+    assert PYTHON and len(TOML) >= 2 and all(tomllib.loads(text) for text in TOML)
+
+
+@pytest.mark.parametrize("table", [Recipe, Swap, Data, Training, Parallel])
+def test_every_key_is_explained(table: type[BaseModel]) -> None:
+    named = re.search(r"## Keys\n(.*?)\n## ", RECIPES, re.S)
+    assert named is not None
+    for key in table.model_fields:
+        assert re.search(rf"`(\[?{key}|\[{key}\.\*)\]?`", named[1]), key
+
+
+CONFIGS = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\d.]+) ([MB]) \| ([\d.]+) [MB] \|$", RECIPES, re.M)
+
+
+@pytest.mark.parametrize("name, whole, unit, at_work", CONFIGS)
+def test_sizes_of_configs(name: str, whole: str, unit: str, at_work: str, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(f'framework = "torchtitan"\nconfig = "{name}"')
+    model = explain(recipe.load(str(tmp_path / "a.toml")), 1).model
+    counts = [float(n.replace(",", "")) for n in re.findall(r"([\d,.]+) million", model)]
+    scale = {"M": 1, "B": 1000}[unit]
+    assert [f"{n / scale:.1f}" for n in (counts[0], counts[-1])] == [whole, at_work]
+
+
+def test_every_config_is_in_the_table() -> None:
+    assert {name for name, *_ in CONFIGS} == {path.stem for path in (ROOT / "configs").glob("*.toml")}

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flashmoe_train import train
+from flashmoe_train import recipe, train
 from flashmoe_train.errors import UsageError
 
 
@@ -19,7 +20,7 @@ def flashmoe(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_trains_and_reports(tmp_path: Path) -> None:
-    overrides = ("training.steps=4", "training.seq_len=64", "validation.seq_len=64", "validation.steps=1")
+    overrides = ("training.steps=4", "training.seq_len=64", "training.validate_steps=1")
     result = flashmoe("train", "quickstart", *overrides, "--processes=1", "--allow-fallback", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "outputs/quickstart"
@@ -32,10 +33,21 @@ def test_trains_and_reports(tmp_path: Path) -> None:
         ("layers.*.moe.experts", "FlashMoEExperts", 5),
     ]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert list(run.glob("tb/*/events.out.tfevents.*"))
-    log = (run / "log_rank0.txt").read_text()
-    assert "the job sets no [model] hf_assets_path, taking 'bytes'" in log and "Training starts at step 1" in log
-    for text in ("What was swapped", "FlashMoEAttention", "held-out loss", "tensorboard --logdir", "loss.png", "next"):
+    assert all(step["dropped_rows"] == 0 and 1 <= step["expert_load"] <= 8 / 3 for step in summary["steps"])
+    (events,) = run.glob("tb/*")
+    logged = EventAccumulator(str(events)).Reload()
+    for tag in ("loss_metrics/global_avg_loss", "expert_load/max_over_mean", "expert_load/dropped_rows"):
+        assert [event.step for event in logged.Scalars(tag)] == [1, 2, 3, 4]
+    assert "Training starts at step 1" in (run / "log_rank0.txt").read_text()
+    assert recipe.load(str(run / "recipe.toml")).training.steps == 4
+    for text in (
+        "What was swapped",
+        "FlashMoEAttention",
+        "held-out loss",
+        "expert load",
+        "tensorboard --logdir",
+        "next",
+    ):
         assert text in result.stdout
 
 
@@ -43,9 +55,10 @@ def test_trains_and_reports(tmp_path: Path) -> None:
     "arguments, text",
     [
         (("quickstrat",), "did you mean 'quickstart'"),
-        (("quickstart", "steps=3"), "table.key=value"),
+        (("quickstart", "steps"), "table.key=value"),
         (("quickstart", "training.stepz=3"), "unknown key [training] stepz"),
-        (("quickstart", "parallelism.context_parallel_degree=2", "--processes=2"), "context_parallel_degree > 1"),
+        (("quickstart", "parallel.context=2", "--processes=2"), "context_parallel_degree > 1"),
+        (("quickstart", "model.vocab_size=100", "--processes=1"), "has 258 tokens, the model's vocab_size is 100"),
     ],
 )
 def test_mistakes_end_without_a_traceback(arguments: tuple[str, ...], text: str, tmp_path: Path) -> None:
@@ -65,6 +78,6 @@ def test_next_command_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     (tmp_path / "flashmoe").touch()
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert Path(train._command()).resolve() == tmp_path / "flashmoe"
+    assert Path(train.command_name()).resolve() == tmp_path / "flashmoe"
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
-    assert train._command() == "flashmoe"
+    assert train.command_name() == "flashmoe"

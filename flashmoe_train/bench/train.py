@@ -3,27 +3,24 @@
 Rows hold, for both, the median time of a step, tokens/s per device, peak memory per device and the loss of every step.
 """
 
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
+from flashmoe_train import launch
 from flashmoe_train import recipe as recipes
 from flashmoe_train.bench.measure import Bench, path
-from flashmoe_train.bench.results import OURS, Row
+from flashmoe_train.bench.results import Row
 from flashmoe_train.bench.timing import Stopwatch
+from flashmoe_train.compare import CHOICES, Run
 from flashmoe_train.errors import UsageError
 from flashmoe_train.ops import attention, moe
-
-STOCK = "stock"  # as OURS a value of the [flashmoe] table
-WARMUP = 5  # steps that compile, allocate and fill caches
+from flashmoe_train.recipe import with_swap
+from flashmoe_train.schema import Choice
 
 
 @dataclass(frozen=True)
@@ -45,45 +42,30 @@ class TrainBench(Bench):
     def matching(self, pattern: str) -> Sequence[Case]:
         """The recipe of that name or path: any can be measured."""
         recipes.find(pattern)  # or there is no such recipe
-        return (Case(pattern, _devices()),)
+        return (Case(pattern, launch.default_processes()),)
 
     def measure(self, case: Case, stopwatch: Stopwatch) -> Row:
         if stopwatch.device.type == "cpu" and torch.cuda.is_available():
             raise UsageError("a recipe trains on this machine's GPUs: --device cpu is not possible here")
         row = Row(case=case.as_json(), label=case.label, flashmoe_path=_path(stopwatch.device.type))
         losses = dict[str, list[float]]()
-        for name in (STOCK, OURS):
-            with tempfile.TemporaryDirectory() as folder:
-                summary = _train(case, name, folder)
-            if isinstance(summary, str):
-                row.failed[name] = summary
+        for name in CHOICES:
+            try:
+                run = _train(case, name)
+            except launch.RunError as error:
+                row.failed[name] = str(error)
                 continue
-            steps = summary["steps"]
-            losses[name] = [step["loss"] for step in steps]
-            row.ms[name] = median(step["seconds"] for step in steps[WARMUP:] or steps) * 1e3
-            row.tokens_per_s_per_gpu[name] = median(step["tokens_per_s"] for step in steps[WARMUP:] or steps)
-            row.peak_gib[name] = summary["peak_gib_per_device"]
+            losses[name] = run.losses
+            row.ms[name] = run.step_ms
+            row.tokens_per_s_per_gpu[name] = run.tokens_per_s
+            row.peak_gib[name] = run.peak_gib
         return row.model_copy(update={"loss": losses})
 
 
-def _train(case: Case, choice: str, folder: str) -> dict[str, Any] | str:
-    """The summary of a run, or what it printed last."""
-    overrides = [*case.overrides, f"flashmoe.attention={choice}", f"flashmoe.moe={choice}", f"job.dump_folder={folder}"]
-    command = [
-        sys.executable,
-        "-m",
-        "flashmoe_train.cli",
-        "train",
-        str(recipes.find(case.recipe).resolve()),
-        *overrides,
-    ]
-    done = subprocess.run(
-        [*command, f"--processes={case.gpus}", "--allow-fallback"], capture_output=True, text=True, cwd=folder
-    )
-    if done.returncode != 0:
-        printed = (done.stderr + done.stdout).split("\n")
-        return next((line for line in reversed(printed) if line.strip()), f"ended with {done.returncode}")
-    return json.loads((Path(folder) / "summary.json").read_text())
+def _train(case: Case, choice: Choice) -> Run:
+    recipe = recipes.load(case.recipe, case.overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        return Run.of(launch.train(with_swap(recipe, choice, folder), case.gpus, allow_fallback=True, show=False))
 
 
 def _path(device_type: str) -> str:
@@ -92,16 +74,12 @@ def _path(device_type: str) -> str:
     return path(attention.supports(attention_case) or moe.supports(moe_case), device_type)
 
 
-def _devices() -> int:  # what `flashmoe train` takes
-    return torch.cuda.device_count() or 2
-
-
 BENCHES = (
     TrainBench(
         name="train_torchtitan",
         title="Training under TorchTitan",
         rate="tokens_per_s_per_gpu",
-        standard=[Case("quickstart", _devices())],
-        tiny=[Case("quickstart", 2, ("training.steps=8", "validation.enable=false"))],
+        standard=[Case("quickstart", launch.default_processes())],
+        tiny=[Case("quickstart", 2, ("training.steps=8", "training.validate_steps=1"))],
     ),
 )

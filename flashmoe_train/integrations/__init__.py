@@ -1,1 +1,15 @@
-"""One folder a framework: all knowledge of it and of its versions lives there and nowhere else."""
+"""One folder a framework: all that is known about it and its versions is there and nowhere else.
+
+What the commands need of one:
+- `runner.run(recipe, next_command, allow_fallback)` trains in this process of a torchrun job;
+- `explain.explain(recipe, processes)` says what a recipe comes to, without training;
+- `recipes.seed(recipe, folder)` and `recipes.starting_from(recipe, folder)` let runs start from the same weights.
+"""
+
+import importlib
+from types import ModuleType
+
+
+def part(framework: str, name: str) -> ModuleType:
+    """That module of a framework's folder; frameworks are imported only when they are used."""
+    return importlib.import_module(f"{__name__}.{framework}.{name}")

@@ -30,17 +30,42 @@ def check_installed() -> None:
         )
 
 
-def check_kernels(choices: FlashMoE) -> None:
+def check_kernels(choices: FlashMoE, config: Any, model_args: Any) -> None:
     """Nobody trains slowly by accident: raises UsageError where a Hopper GPU lacks kernels of what is swapped."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return
-    reasons = []
-    if choices.attention == "flashmoe":
-        reasons.append(attention.supports(attention.AttentionCase("cuda", torch.bfloat16, 128, 128)))
-    if choices.moe == "flashmoe":
-        reasons.append(moe.supports(moe.MoECase("cuda", torch.bfloat16)))
+    reasons = (reason for _, reason in _supported(choices, config, model_args))
     if missing := [reason for reason in reasons if reason is not None]:
         raise UsageError(f"{'; '.join(missing)}; --allow-fallback trains on PyTorch's kernels instead")
+
+
+def operators(choices: FlashMoE, config: Any, model_args: Any) -> list[tuple[str, str]]:
+    """Each swapped operator, and what runs it for this job on this machine."""
+    whole = "compiled kernels" if torch.cuda.is_available() else "reference kernels"
+    return [
+        (name, whole if why is None else f"PyTorch's kernels: {why}")
+        for name, why in _supported(choices, config, model_args)
+    ]
+
+
+def _supported(choices: FlashMoE, config: Any, model_args: Any) -> list[tuple[str, str | None]]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, config.training.mixed_precision_param)
+    found = []
+    if choices.attention == "flashmoe":
+        case = attention.AttentionCase(device, dtype, *_head_dims(model_args))
+        found.append(("attention", attention.supports(case)))
+    if choices.moe == "flashmoe" and hasattr(model_args, "moe_args") and getattr(model_args, "moe_enabled", True):
+        found.append(("moe", moe.supports(moe.MoECase(device, dtype))))
+    return found
+
+
+def _head_dims(model_args: Any) -> tuple[int, int]:
+    """Of queries and keys, and of values."""
+    if hasattr(model_args, "v_head_dim"):
+        return model_args.qk_nope_head_dim + model_args.qk_rope_head_dim, model_args.v_head_dim
+    dim = getattr(model_args, "head_dim", None) or model_args.dim // model_args.n_heads
+    return dim, dim
 
 
 def check_job(job_config: Any, parallel_dims: Any, choices: FlashMoE) -> None:

@@ -1,17 +1,41 @@
-"""The quickstart's corpus among TorchTitan's data sets."""
+"""A recipe's data sets among TorchTitan's, and the quickstart's corpus for native job files."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from flashmoe_train import data
+from flashmoe_train.errors import UsageError
 
 
-def _text(sample: dict[str, Any]) -> str:
-    return sample["text"]
+def register(name: str, source: str | dict[str, Any], text_column: str, processes: int) -> str:
+    """Adds what a recipe's `[data]` calls `source` to TorchTitan's data sets; returns its name there."""
+    if isinstance(source, str) and source in data.TORCH_SOURCES:
+        return source
+
+    def load(path: str) -> Any:
+        rows = data.open_source(source)
+        # TorchTitan would search for ever for a process' next row.
+        if len(list(rows.take(processes))) < processes:
+            raise UsageError(f"{source}: fewer rows than the {processes} processes that share them")
+        if rows.column_names is not None and text_column not in rows.column_names:
+            raise UsageError(f"{source} has no column {text_column!r}; [data] text_column may be: {rows.column_names}")
+        return rows
+
+    DATASETS[name] = DatasetConfig(str(source), load, _column(text_column))
+    return name
 
 
-# `path` is where TorchTitan would load from; this corpus is wherever torch is installed.
-DATASETS["torch_sources"] = DatasetConfig("torch", lambda path: data.corpus(), _text)
-DATASETS["torch_sources_heldout"] = DatasetConfig("torch", lambda path: data.corpus(held_out=True), _text)
+def _column(name: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: row[name]
+
+
+def _corpus(held_out: bool) -> Callable[[str], Any]:
+    return lambda path: data.corpus(held_out)
+
+
+for _name, _held_out in data.TORCH_SOURCES.items():
+    # `path` is where TorchTitan would load from; this corpus is wherever torch is installed.
+    DATASETS[_name] = DatasetConfig("torch", _corpus(_held_out), _column("text"))

@@ -1,62 +1,62 @@
-"""From a job file's tables to TorchTitan's JobConfig, with every mistake named before a process group exists."""
+"""From tables to TorchTitan's JobConfig, with every mistake named before a process group exists."""
 
-import copy
 import dataclasses
 import json
 import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
-from torchtitan.tools.logging import logger
 
 from flashmoe_train.errors import UsageError, nearest
+from flashmoe_train.schema import key_name, lines, table_name
 
-BYTE_TOKENIZER = "bytes"  # as [model] hf_assets_path: one token per byte, written into the run's folder
+
+def check_tables(tables: dict[str, Any], name: str = "") -> None:
+    """Raises UsageError for unknown keys of TorchTitan's tables, with the nearest known one, and for values of the
+    wrong type. TorchTitan checks keys, without a hint, and leaves types to whatever they break later. `name` is what
+    the tables are called together in the file they are from."""
+    _check_keys(JobConfig, tables, *filter(None, [name]))
+    try:
+        TypeAdapter(JobConfig).validate_json(json.dumps(tables, default=str), strict=True)
+    except ValidationError as error:
+        raise UsageError(lines(_problem(e, *filter(None, [name])) for e in error.errors())) from None
+
+
+def _problem(error: Any, *place: str) -> tuple[str, str]:
+    schema: Any = JobConfig
+    for part in error["loc"]:
+        place = (*place, part)
+        schema = next((field.type for field in dataclasses.fields(schema) if field.name == part), None)
+        if not dataclasses.is_dataclass(schema):
+            break  # what follows is inside the value
+    return f"{key_name(*place)} = {error['input']!r}: ", error["msg"]
+
+
+def _check_keys(cls: type, tables: dict[str, Any], *place: str) -> None:
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    for key, value in tables.items():
+        known = fields.get(key)
+        if known is None:
+            named = f"table {table_name(*place, key)}" if isinstance(value, dict) else f"key {key_name(*place, key)}"
+            raise UsageError(f"unknown {named}; {nearest(key, sorted(fields))}")
+        if dataclasses.is_dataclass(known):
+            if not isinstance(value, dict):
+                raise UsageError(f"{table_name(*place, key)} must be a table, found {value!r}")
+            _check_keys(known, value, *place, key)  # type: ignore[arg-type]
 
 
 def parse(tables: dict[str, Any]) -> JobConfig:
-    """TorchTitan's JobConfig of the tables. Raises UsageError for unknown keys and values of the wrong type."""
+    """TorchTitan's JobConfig of the tables."""
 
     class Manager(ConfigManager):
         def _maybe_load_toml(self, args: list[str]) -> dict[str, Any]:
             return tables
 
-        def _dict_to_dataclass(self, cls: type, data: dict[str, Any]) -> Any:
-            # TorchTitan checks keys, without a hint, and leaves types to whatever they break later.
-            check_keys(cls, data)
-            check_types(cls, data)
-            return super()._dict_to_dataclass(cls, data)
-
     return Manager().parse_args([])
-
-
-def check_keys(cls: type, data: dict[str, Any], table: str = "") -> None:
-    """Raises UsageError that names an unknown key and the nearest known one."""
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
-    for key, value in data.items():
-        place = f"[{table}] {key}" if table else f"[{key}]"
-        if key not in fields:
-            raise UsageError(f"unknown {'key' if table else 'table'} {place}; {nearest(key, sorted(fields))}")
-        if dataclasses.is_dataclass(fields[key]):
-            if not isinstance(value, dict):
-                raise UsageError(f"{place} must be a table, found {value!r}")
-            check_keys(fields[key], value, f"{table}.{key}" if table else key)  # type: ignore[arg-type]
-
-
-def check_types(cls: type, data: dict[str, Any]) -> None:
-    """Raises UsageError that names every value of a wrong type; "False" is no boolean and "10" no number."""
-    try:
-        TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        problems = (
-            f"[{'.'.join(map(str, e['loc'][:-1]))}] {e['loc'][-1]} = {e['input']!r}: {e['msg']}" for e in error.errors()
-        )
-        raise UsageError("\n".join(problems)) from None
 
 
 def check(config: JobConfig, world_size: int) -> None:
@@ -118,34 +118,15 @@ def _check_expert_parallelism(config: JobConfig, world_size: int, model_args: An
         )
 
 
-def with_defaults(tables: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """The tables with what `flashmoe train` adds to a job file; each is logged, and none replaces a value.
-
-    TorchTitan's own defaults name files of its repository: here they are the byte tokenizer and the quickstart's
-    corpus. Without a GPU the default precision is float32. And an expert_parallel_degree of -1 means as many processes
-    as the experts can be spread over.
-    """
-    tables = copy.deepcopy(tables)
-    added = [("model", "hf_assets_path", BYTE_TOKENIZER), ("training", "dataset", "torch_sources")]
-    if not torch.cuda.is_available():
-        added.append(("training", "mixed_precision_param", "float32"))
-    for table, key, value in added:
-        entries = tables.setdefault(table, {})
-        if isinstance(entries, dict) and key not in entries:  # what is no table is refused by `parse`
-            entries[key] = value
-            logger.info(f"flashmoe: the job sets no [{table}] {key}, taking {value!r}")
-    parallelism = tables.get("parallelism")
-    if isinstance(parallelism, dict) and parallelism.get("expert_parallel_degree") == -1:
-        parallelism["expert_parallel_degree"] = _largest_expert_degree(tables, world_size)
-    return tables
+def model_args(tables: dict[str, Any]) -> Any:
+    """The arguments of the model that the tables name."""
+    name, flavor = (tables.get("model", {}).get(key, default) for key, default in _MODEL.items())
+    flavors = _train_spec(name).model_args
+    known("[model] flavor", flavor, flavors)
+    return flavors[flavor]
 
 
-def _largest_expert_degree(tables: dict[str, Any], world_size: int) -> int:
-    model = tables["model"]
-    spec = _train_spec(model.get("name", "llama3"))
-    known("[model] flavor", model.get("flavor", "debugmodel"), spec.model_args)
-    moe = getattr(spec.model_args[model.get("flavor", "debugmodel")], "moe_args", None)
-    return 1 if moe is None else math.gcd(moe.num_experts, world_size)
+_MODEL = {"name": "llama3", "flavor": "debugmodel"}  # TorchTitan's own defaults
 
 
 def _train_spec(name: str) -> TrainSpec:

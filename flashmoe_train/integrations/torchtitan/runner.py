@@ -1,4 +1,4 @@
-"""Runs a TorchTitan job under `flashmoe train`: TorchTitan's own trainer, with our progress bar and summary."""
+"""Runs a recipe under TorchTitan: its own trainer, with our progress bar and summary, and the experts' load."""
 
 import logging
 import os
@@ -12,24 +12,30 @@ from torchtitan.config import JobConfig
 from torchtitan.train import Trainer
 
 from flashmoe_train import data
-from flashmoe_train.integrations.torchtitan import compat, converter, job
+from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.torchtitan import compat, converter, job, recipes
+from flashmoe_train.integrations.torchtitan.expert_load import ExpertLoad
 from flashmoe_train.monitor import Monitor, Step
+from flashmoe_train.recipe import write
+from flashmoe_train.schema import Recipe
 from flashmoe_train.swap import Report
 
 
-def run(tables: dict[str, Any], next_command: str, allow_fallback: bool) -> None:
-    """Trains the job in this process, one of those torchrun started. Console output comes from one process only."""
+def run(recipe: Recipe, next_command: str, allow_fallback: bool) -> None:
+    """Trains the recipe in this process, one of those torchrun started. Console output comes from one process only."""
     early = _keep_log_lines()
     world_size = int(os.environ["WORLD_SIZE"])
-    config = job.parse(job.with_defaults(tables, world_size))
+    tables = recipes.job_of(recipe, world_size).tables
+    config = job.parse(tables)
     job.check(config, world_size)
-    if not allow_fallback and "flashmoe" in config.model.converters:
-        compat.check_kernels(converter.choices(config))
-    config.metrics.enable_tensorboard = True
+    if not allow_fallback:
+        compat.check_kernels(converter.choices(config), config, job.model_args(tables))
     folder = Path(config.job.dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
     _log_to(folder / f"log_rank{os.environ['RANK']}.txt", early)
-    if config.model.hf_assets_path == job.BYTE_TOKENIZER:
+    if os.environ["RANK"] == "0":
+        write(recipe, folder / "recipe.toml")
+    if config.model.hf_assets_path == data.BYTE_TOKENIZER:
         config.model.hf_assets_path = str(data.write_byte_tokenizer(folder / "byte_tokenizer"))
 
     trainer = MonitoredTrainer(config)
@@ -72,12 +78,24 @@ class MonitoredTrainer(Trainer):
         compat.provide_validator(job_config)
         super().__init__(job_config)
         compat.ask_for_no_masks(self)
+        _check_vocabulary(self)
+        dims = self.parallel_dims
+        self.expert_load = ExpertLoad(
+            self.model_parts, dims.get_mesh("loss").get_group() if dims.dp_cp_enabled else None
+        )
         metrics = self.metrics_processor
         if type(metrics.logger) is not BaseLogger:  # TorchTitan gives the other processes the one that does nothing
-            model, training = job_config.model, job_config.training
-            title = f"{model.name} {model.flavor} on {dist.get_world_size()} × {self.device.type}"
-            self.monitor = Monitor(title, Path(job_config.job.dump_folder), training.steps)
-            metrics.logger = _MonitorLogger(metrics.logger, self.monitor)
+            title = f"{job_config.model.name} on {dist.get_world_size()} × {self.device.type}"
+            self.monitor = Monitor(title, Path(job_config.job.dump_folder), job_config.training.steps)
+        metrics.logger = _Metrics(metrics.logger, self.expert_load, self.monitor)
+
+    def forward_backward_step(self, **batch: Any) -> Any:
+        watched = bool(self.expert_load.blocks) and self.metrics_processor.should_log(self.step)
+        before = self.expert_load.counts() if watched else None
+        loss = super().forward_backward_step(**batch)
+        if before is not None:
+            self.expert_load.add(before, batch["labels"].numel())
+        return loss
 
     def train(self) -> None:
         super().train()
@@ -102,17 +120,23 @@ class MonitoredTrainer(Trainer):
         super().close()
 
 
-class _MonitorLogger(BaseLogger):
-    """Hands TorchTitan's metrics to its own loggers and to the monitor."""
+class _Metrics(BaseLogger):
+    """Adds the experts' load to TorchTitan's metrics; its own loggers get them and, in one process, the monitor."""
 
-    def __init__(self, loggers: BaseLogger, monitor: Monitor) -> None:
+    def __init__(self, loggers: BaseLogger, expert_load: ExpertLoad, monitor: Monitor | None) -> None:
         self.loggers = loggers
+        self.expert_load = expert_load
         self.monitor = monitor
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
+        heldout = metrics.get("validation_metrics/loss")
+        if heldout is None:
+            metrics = metrics | self.expert_load.take()
         self.loggers.log(metrics, step)
-        if "validation_metrics/loss" in metrics:
-            self.monitor.log_heldout(step, metrics["validation_metrics/loss"])
+        if self.monitor is None:
+            return
+        if heldout is not None:
+            self.monitor.log_heldout(step, heldout)
         else:
             self.monitor.log_step(
                 Step(
@@ -122,8 +146,17 @@ class _MonitorLogger(BaseLogger):
                     tokens_per_s=metrics["throughput(tps)"],
                     seconds=metrics["time_metrics/end_to_end(s)"],
                     peak_gib=max(0.0, metrics["memory/max_active(GiB)"]),
+                    expert_load=metrics.get("expert_load/max_over_mean"),
+                    dropped_rows=metrics.get("expert_load/dropped_rows"),
                 )
             )
 
     def close(self) -> None:
         self.loggers.close()
+
+
+def _check_vocabulary(trainer: Trainer) -> None:
+    """A token that the embedding does not have would end in an index error, or on a GPU in an assertion."""
+    tokens, rows = trainer.tokenizer.get_vocab_size(), trainer.model_args.vocab_size
+    if tokens > rows:
+        raise UsageError(f"the tokenizer has {tokens} tokens, the model's vocab_size is {rows}: it must not be less")

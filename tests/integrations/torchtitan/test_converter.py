@@ -127,15 +127,18 @@ def test_blocks_of_another_class_are_refused_rather_than_left_stock() -> None:
     ],
 )
 def test_refuses_to_train_slowly_on_hopper(choices: FlashMoE, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = job.get_train_spec("deepseek_v3").model_args["debugmodel"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for operator in ("attention", "moe"):
         monkeypatch.setattr(f"flashmoe_train.ops.{operator}.has_kernel", lambda name, device: False)
     with pytest.raises(UsageError, match=text):
-        compat.check_kernels(choices)
-    compat.check_kernels(FlashMoE(attention="stock", moe="stock"))
+        compat.check_kernels(choices, config(), spec)
+    compat.check_kernels(FlashMoE(attention="stock", moe="stock"), config(), spec)
+    dense = job.get_train_spec("llama3").model_args["debugmodel"]
+    compat.check_kernels(FlashMoE(attention="stock"), config(), dense)  # it has no experts
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    compat.check_kernels(choices)
+    compat.check_kernels(choices, config(), spec)
 
 
 def test_refuses_an_unknown_choice_where_torchtitan_does_not_check() -> None:

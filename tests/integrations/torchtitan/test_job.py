@@ -1,4 +1,4 @@
-"""Mistakes in a job file are named before training starts."""
+"""Mistakes in a job are named before training starts."""
 
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from .jobs import tables_of
 
 def config(*overrides: str, processes: int = 1):
     tables = tables_of("llama3", "debugmodel", Path("unused"))
+    swap = tables.pop("flashmoe")
     for override in overrides:
         recipe.apply(tables, override)
-    parsed = job.parse(tables)
+    job.check_tables(tables)
+    parsed = job.parse(tables | {"flashmoe": swap})
     job.check(parsed, processes)
     return parsed
 
@@ -33,10 +35,9 @@ def test_accepts_a_job() -> None:
     [
         ("training.stepz=3", r"unknown key \[training\] stepz; did you mean 'steps'\?"),
         ("trainin.steps=3", r"unknown table \[trainin\]; did you mean 'training'\?"),
-        ("flashmoe.attn='stock'", r"unknown key \[flashmoe\] attn; did you mean 'attention'"),
-        ("training.dataloader=3", r"\[training\] dataloader must be a table, found 3"),
+        ("training.dataloader=3", r"\[training.dataloader\] must be a table, found 3"),
+        ("training=3", r"\[training\] must be a table, found 3"),
         ("training.steps=ten", r"\[training\] steps = 'ten': .*valid integer"),
-        ("flashmoe.attention=fast", r"\[flashmoe\] attention = 'fast': .*'flashmoe' or 'stock'"),
         ("compile.enable=False", r"\[compile\] enable = 'False': .*valid boolean"),
         ("training.steps='10'", r"\[training\] steps = '10': .*valid integer"),
         ("parallelism.tensor_parallel_degree=0", r"tensor_parallel_degree must be at least 1, found 0"),
@@ -55,6 +56,13 @@ def test_names_the_mistake(override: str, text: str) -> None:
         config(override)
 
 
+def test_names_the_table_as_the_file_does() -> None:
+    with pytest.raises(UsageError, match=r"unknown key \[torchtitan.training\] stepz"):
+        job.check_tables({"training": {"stepz": 3}}, "torchtitan")
+    with pytest.raises(UsageError, match=r"\[torchtitan.training\] steps = 'x'"):
+        job.check_tables({"training": {"steps": "x"}}, "torchtitan")
+
+
 def test_names_several_wrong_types_at_once() -> None:
     with pytest.raises(UsageError, match=r"(?s)\[optimizer\] lr.*\[training\] steps"):
         config("training.steps=ten", "optimizer.lr=[1]")
@@ -70,18 +78,3 @@ def test_names_several_wrong_types_at_once() -> None:
 def test_expert_parallelism_must_fit(degree: int, processes: int, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         config("model.name=deepseek_v3", f"parallelism.expert_parallel_degree={degree}", processes=processes)
-
-
-@pytest.mark.parametrize("processes, degree", [(1, 1), (2, 2), (3, 1), (4, 4), (6, 2), (16, 8)])
-def test_minus_one_spreads_the_experts_as_far_as_they_go(processes: int, degree: int) -> None:
-    tables = {"model": {"name": "deepseek_v3"}, "parallelism": {"expert_parallel_degree": -1}}
-    assert job.with_defaults(tables, processes)["parallelism"]["expert_parallel_degree"] == degree
-    assert tables["parallelism"]["expert_parallel_degree"] == -1
-
-
-def test_defaults_replace_nothing() -> None:
-    tables = {"model": {"hf_assets_path": "mine"}, "training": {"dataset": "c4", "mixed_precision_param": "bfloat16"}}
-    assert job.with_defaults(tables, 1) == tables
-    assert job.with_defaults({}, 1)["training"]["dataset"] == "torch_sources"
-    with pytest.raises(UsageError, match=r"\[training\] must be a table, found 3"):
-        job.parse(job.with_defaults({"training": 3}, 1))

@@ -1,0 +1,110 @@
+"""`flashmoe doctor`: what this machine has, what runs on it, and what to do about what does not."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from packaging.version import Version
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flashmoe_train import versions
+from flashmoe_train.ops import attention, moe
+from flashmoe_train.ops.library import COMPILED, CUDA_LIBRARY
+
+State = Literal["ok", "note", "problem"]
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # q and k, v
+
+
+class Finding(NamedTuple):
+    state: State
+    subject: str
+    text: str
+
+
+def examine() -> list[Finding]:
+    """Looks at this machine. A "problem" keeps `flashmoe train` from starting; a "note" costs speed."""
+    return [*_software(), *_gpus(), *_library(), *_frameworks(), *_operators()]
+
+
+def report(console: Console) -> bool:
+    """Prints the findings; whether there is no problem among them."""
+    table = Table.grid(padding=(0, 2))
+    colours = {"ok": "green", "note": "yellow", "problem": "red"}
+    findings = examine()
+    for state, subject, text in findings:
+        table.add_row(f"[{colours[state]}]{state}[/]", subject, escape(text))
+    console.print(table, highlight=False)
+    return all(finding.state != "problem" for finding in findings)
+
+
+def _software() -> Iterator[Finding]:
+    yield Finding("ok", "Python", platform.python_version())
+    cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    yield Finding("ok", "PyTorch", f"{torch.__version__}, {cuda}")
+
+
+def _gpus() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "CUDA finds none"
+        yield Finding("note", "GPU", f"none ({why}): everything runs on reference kernels, in float32")
+    for i in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(i)
+        name = f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB"
+        if found.major == 9:
+            yield Finding("ok", f"GPU {i}", name)
+        else:
+            yield Finding("note", f"GPU {i}", f"{name}: the Hopper kernels need sm_90; PyTorch's run instead")
+
+
+def _library() -> Iterator[Finding]:
+    if CUDA_LIBRARY.exists():
+        loaded = "loaded" if torch.version.cuda else "not loaded: this PyTorch could not use it"
+        yield Finding("ok", "CUDA library", f"{CUDA_LIBRARY} ({loaded}), with {', '.join(sorted(COMPILED))}")
+        return
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    do = "reinstall flashmoe_train to build it" if nvcc else "install a CUDA toolkit (nvcc on PATH) and reinstall"
+    yield Finding("note", "CUDA library", f"{CUDA_LIBRARY} is not there: {do}")
+
+
+def _frameworks() -> Iterator[Finding]:
+    for framework in dict.fromkeys(entry["framework"] for entry in versions.tested()):
+        tested = ", ".join(f"{e['version']} with torch {e['torch']}" for e in versions.tested(framework))
+        if importlib.util.find_spec(framework) is None:
+            do = f"pip install 'flashmoe-train[{framework}]'"
+            yield Finding("problem", framework, f"not installed: {do} (tested: {tested})")
+            continue
+        version, torch_version = importlib.metadata.version(framework), Version(torch.__version__)
+        pair = f"{version} with torch {torch_version.major}.{torch_version.minor}"
+        pairs = [(e["version"], Version(e["torch"]).release[:2]) for e in versions.tested(framework)]
+        if (version, torch_version.release[:2]) in pairs:
+            yield Finding("ok", framework, f"{pair}: tested")
+        elif version in {v for v, _ in pairs}:
+            yield Finding(
+                "note", framework, f"{version} is not tested with torch {torch.__version__} (tested: {tested})"
+            )
+        else:
+            yield Finding("problem", framework, f"{version} is not supported (tested: {tested})")
+        for entry in versions.broken(framework, torch_version):
+            what = " + ".join(entry["features"])
+            yield Finding("note", framework, f"{what} is refused: {entry['why']}. {entry['instead']}")
+
+
+def _operators() -> Iterator[Finding]:
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    runs = "compiled kernels" if device == "cuda" else "reference kernels"
+    cases = {
+        f"attention {d}/{v}": attention.supports(attention.AttentionCase(device, dtype, d, v)) for d, v in HEAD_DIMS
+    }
+    cases["mixture of experts"] = moe.supports(moe.MoECase(device, dtype))
+    for operator, reason in cases.items():
+        if reason is None:
+            yield Finding("ok", operator, f"{runs}, {str(dtype).removeprefix('torch.')}")
+        else:
+            yield Finding("note", operator, f"PyTorch's kernels: {reason}")

@@ -1,0 +1,182 @@
+"""From a recipe to the tables of a TorchTitan job: where TorchTitan has what the keys that frameworks share say."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+
+from flashmoe_train import data
+from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.torchtitan import datasets, job, models
+from flashmoe_train.recipe import with_swap
+from flashmoe_train.schema import Recipe
+
+# Shared keys whose value TorchTitan takes as it is; the others have their own lines in `tables`.
+_SAME = {
+    "training.steps": "training.steps",
+    "training.seq_len": "training.seq_len",
+    "training.learning_rate": "optimizer.lr",
+    "training.warmup_steps": "lr_scheduler.warmup_steps",
+    "training.seed": "debug.seed",
+    "training.precision": "training.mixed_precision_param",
+    "training.compile": "compile.enable",
+    "training.activation_checkpointing": "activation_checkpoint.mode",
+    "training.validate_every": "validation.freq",
+    "training.validate_steps": "validation.steps",
+    "parallel.replicate": "parallelism.data_parallel_replicate_degree",
+    "parallel.tensor": "parallelism.tensor_parallel_degree",
+    "parallel.pipeline": "parallelism.pipeline_parallel_degree",
+    "parallel.context": "parallelism.context_parallel_degree",
+}
+_OURS = "flashmoe train"
+
+
+class Job:
+    """The tables of a job, and for every key that is not the user's own `[torchtitan.*]`, who says it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.name = "torchtitan" if recipe.data is not None else ""  # what the file calls TorchTitan's tables
+        self.tables = copy.deepcopy(recipe.torchtitan)
+        self.said_by: dict[str, str] = {}
+        job.check_tables(self.tables, self.name)
+
+    def say(self, place: str, value: Any, key: str) -> None:
+        """Sets `table.key` to what the recipe's `key` says. Raises UsageError if the user's own tables set it too."""
+        if self.get(place) is not None and self.get(place) != value:
+            table, name = place.rsplit(".", 1)
+            own = f"{self.name}.{table}" if self.name else table
+            raise UsageError(f"[{own}] {name} = {self.get(place)!r} contradicts {key}, which sets it to {value!r}")
+        self._set(place, value, key)
+
+    def default(self, place: str, value: Any) -> None:
+        """Sets what nobody has said."""
+        if self.get(place) is None:
+            self._set(place, value, _OURS)
+
+    def get(self, place: str) -> Any:
+        table, key = place.rsplit(".", 1)
+        return self.tables.get(table, {}).get(key)
+
+    def _set(self, place: str, value: Any, said_by: str) -> None:
+        table, key = place.rsplit(".", 1)
+        self.tables.setdefault(table, {})[key] = value
+        self.said_by[place] = said_by
+
+
+def job_of(recipe: Recipe, processes: int) -> Job:
+    """The TorchTitan job of a recipe on that many processes. Registers its model and data sets with TorchTitan.
+
+    Raises UsageError for what contradicts itself and for numbers that do not fit each other.
+    """
+    result = Job(recipe)
+    result.say("job.custom_config_module", "flashmoe_train.integrations.torchtitan", _OURS)
+    for part, choice in recipe.swap.model_dump(exclude={"dispatch"}).items():
+        result.say(f"flashmoe.{part}", choice, f"[swap] {part}")
+    converters = [*(result.get("model.converters") or []), "flashmoe"]
+    result.tables.setdefault("model", {})["converters"] = list(dict.fromkeys(converters))
+    result.say("job.dump_folder", recipe.folder, "folder")
+    result.tables.setdefault("metrics", {})["enable_tensorboard"] = True
+    for key, place in _SAME.items():
+        table, name = key.split(".")
+        value = getattr(getattr(recipe, table), name)
+        if value is not None and name in getattr(recipe, table).model_fields_set:
+            result.say(place, value, f"[{table}] {name}")
+    if recipe.training.activation_checkpointing == "selective":
+        result.default("activation_checkpoint.selective_ac_option", "op")
+    if not torch.cuda.is_available():
+        result.default("training.mixed_precision_param", "float32")
+    if recipe.model is not None:
+        exact = result.get("training.mixed_precision_param") == "float32"
+        name, flavor = models.register(recipe.model, recipe.data is not None and recipe.data.document_masks, exact)
+        result.say("model.name", name, "[model]")
+        result.say("model.flavor", flavor, "[model]")
+    _share_experts(recipe, result, processes)
+    _share_batch(recipe, result, processes)
+    _choose_data(recipe, result, processes)
+    return result
+
+
+def _choose_data(recipe: Recipe, result: Job, processes: int) -> None:
+    chosen = recipe.data
+    if chosen is None or "tokenizer" not in chosen.model_fields_set:
+        result.default("model.hf_assets_path", data.BYTE_TOKENIZER)
+    else:
+        data.check_tokenizer("[data] tokenizer", chosen.tokenizer)
+        result.say("model.hf_assets_path", chosen.tokenizer, "[data] tokenizer")
+    if chosen is None or "train" not in chosen.model_fields_set:
+        result.default("training.dataset", "torch_sources")
+    else:
+        data.check_source("[data] train", chosen.train)
+        name = datasets.register("recipe_train", chosen.train, chosen.text_column, processes)
+        result.say("training.dataset", name, "[data] train")
+    if chosen is not None and chosen.heldout is not None:
+        data.check_source("[data] heldout", chosen.heldout)
+        name = datasets.register("recipe_heldout", chosen.heldout, chosen.text_column, processes)
+        result.say("validation.dataset", name, "[data] heldout")
+        result.say("validation.enable", True, "[data] heldout")
+        for key in ("seq_len", "local_batch_size"):
+            if (value := result.get(f"training.{key}")) is not None:
+                result.default(f"validation.{key}", value)
+        result.default("validation.steps", 16)  # TorchTitan's is all of it
+
+
+def _share_experts(recipe: Recipe, result: Job, processes: int) -> None:
+    degree = recipe.parallel.expert
+    if degree == "auto":
+        moe = getattr(job.model_args(result.tables), "moe_args", None)
+        if moe is None:
+            raise UsageError("[parallel] expert: this model has no experts")
+        outer = _degree(result, "pipeline_parallel_degree") * _degree(result, "data_parallel_replicate_degree")
+        degree = math.gcd(moe.num_experts, max(1, processes // outer))
+    if "expert" in recipe.parallel.model_fields_set:
+        result.say("parallelism.expert_parallel_degree", degree, "[parallel] expert")
+
+
+def _share_batch(recipe: Recipe, result: Job, processes: int) -> None:
+    """A recipe says how many sequences a step has and how many of them a process may hold at once; TorchTitan wants to
+    know how many each process takes at once, and accumulates gradients over as many turns as that needs."""
+    whole, most = recipe.training.global_batch_size, recipe.training.micro_batch_size
+    if whole is None:
+        if most is not None:
+            result.say("training.local_batch_size", most, "[training] micro_batch_size")
+        return
+    pipeline = _degree(result, "pipeline_parallel_degree")
+    model_parallel = pipeline * _degree(result, "tensor_parallel_degree") * _degree(result, "context_parallel_degree")
+    replicas = max(1, processes // model_parallel)
+    if whole % replicas:
+        raise UsageError(
+            f"[training] global_batch_size = {whole} cannot be shared by {replicas} data-parallel processes: "
+            f"make it a multiple of {replicas}"
+        )
+    share = whole // replicas
+    micro = max(size for size in range(1, min(share, most or share) + 1) if share % size == 0)
+    result.say("training.global_batch_size", whole, "[training] global_batch_size")
+    if pipeline > 1:  # a process' whole share goes through the pipeline in one turn, in pieces
+        result.say("training.local_batch_size", share, "[training] global_batch_size")
+        result.say("parallelism.pipeline_parallel_microbatch_size", micro, "[training] micro_batch_size")
+    else:
+        result.say("training.local_batch_size", micro, "[training] micro_batch_size")
+
+
+def _degree(result: Job, key: str) -> int:
+    return max(1, result.get(f"parallelism.{key}") or 1)
+
+
+def seed(recipe: Recipe, folder: str) -> Recipe:
+    """The recipe of one process that writes the stock model's first weights into `folder`, and stops."""
+    tables = copy.deepcopy(recipe.torchtitan)
+    for key in ("parallelism", "compile", "checkpoint"):
+        tables.pop(key, None)
+    tables["checkpoint"] = {"enable": True, "create_seed_checkpoint": True}
+    tables.setdefault("training", {}).pop("global_batch_size", None)
+    training = recipe.training.model_copy(update={"compile": None, "global_batch_size": None})
+    changes = {"parallel": type(recipe.parallel)(), "training": training, "torchtitan": tables}
+    return with_swap(recipe, "stock", folder).model_copy(update=changes)
+
+
+def starting_from(recipe: Recipe, folder: str) -> Recipe:
+    """The recipe, starting from the weights that `seed` wrote into `folder` and saving none."""
+    tables = copy.deepcopy(recipe.torchtitan)
+    tables["checkpoint"] = {"enable": True, "load_only": True, "initial_load_path": f"{folder}/checkpoint/step-0"}
+    return recipe.model_copy(update={"torchtitan": tables})

@@ -1,0 +1,64 @@
+"""Starts training on this machine: torchrun is the launcher, for a command that becomes it and for runs beside us."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashmoe_train.recipe import write
+from flashmoe_train.schema import Recipe
+
+
+def default_processes() -> int:
+    """One per GPU. Without a GPU speed is not the point: two processes show what several GPUs will do."""
+    return torch.cuda.device_count() or 2
+
+
+def torchrun(arguments: list[str], processes: int) -> None:
+    """Runs `-m flashmoe_train.train` with these arguments on every process; ends this process if one of them fails."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    # torchrun would set one thread for each of several processes: share the cores out instead.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    # A process that fails prints its own error; torchrun's reports of it would bury that.
+    for module in ("api", "errors.error_handler"):
+        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{module}").setLevel(logging.CRITICAL)
+    try:
+        main(["--standalone", f"--nproc-per-node={processes}", "-m", "flashmoe_train.train", *arguments])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            sys.exit(f"error: process {rank} was ended by {failure.signal_name()}")
+        sys.exit(failure.exitcode)
+
+
+class RunError(Exception):
+    """A run that did not end well; its text is the last line that the run printed."""
+
+
+def train(recipe: Recipe, processes: int, *, allow_fallback: bool, show: bool) -> dict[str, Any]:
+    """Runs `flashmoe train` on the recipe in processes of their own; returns the content of its summary.json, which a
+    run that writes a seed checkpoint does not have.
+
+    Its output goes to the screen if `show`. Raises RunError if it fails.
+    """
+    folder = Path(str(recipe.folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    write(recipe, folder / "recipe.toml")
+    command = [sys.executable, "-m", "flashmoe_train.cli", "train", str(folder / "recipe.toml")]
+    command += [f"--processes={processes}", *["--allow-fallback"] * allow_fallback]
+    if show:
+        done: subprocess.CompletedProcess[str] = subprocess.run(command, text=True)
+    else:
+        done = subprocess.run(command, text=True, capture_output=True)
+    if done.returncode != 0:
+        printed = f"{done.stderr or ''}{done.stdout or ''}".split("\n")
+        raise RunError(next((line for line in reversed(printed) if line.strip()), f"ended with {done.returncode}"))
+    summary = folder / "summary.json"
+    return json.loads(summary.read_text()) if summary.exists() else {}

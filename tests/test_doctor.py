@@ -1,0 +1,68 @@
+"""What `flashmoe doctor` finds, and what it makes of it."""
+
+import importlib.metadata
+import importlib.util
+
+import pytest
+import torch
+from rich.console import Console
+
+from flashmoe_train import doctor
+from flashmoe_train.doctor import Finding
+
+
+def found(subject: str) -> list[Finding]:
+    return [finding for finding in doctor.examine() if finding.subject == subject]
+
+
+def test_this_machine_is_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.report(Console(width=120))
+    text = capsys.readouterr().out
+    for part in ("Python", torch.__version__, "torchtitan", "attention 192/128", "mixture of experts"):
+        assert part in text
+
+
+def test_a_missing_framework_is_a_problem_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not doctor.report(Console(width=200))
+    assert "not installed: pip install 'flashmoe-train[torchtitan]' (tested: 0.2.2 with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "version, torch_version, state",
+    [
+        ("0.2.2", "2.13.0+cpu", "ok"),
+        ("0.2.2", "2.11.0", "ok"),
+        ("0.2.2", "2.12.1", "note"),
+        ("0.3.0", "2.13.0", "problem"),
+    ],
+)
+def test_versions(version: str, torch_version: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    assert found("torchtitan")[0].state == state
+
+
+def test_broken_pairs_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    assert any("expert parallelism + selective op checkpointing is refused" in f.text for f in found("torchtitan"))
+
+
+def test_a_gpu_without_the_library_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setattr(doctor, "CUDA_LIBRARY", doctor.CUDA_LIBRARY.with_name("nothing.so"))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CUDACXX", raising=False)
+    (library,) = found("CUDA library")
+    assert library.state == "note" and "install a CUDA toolkit" in library.text
+    monkeypatch.setenv("CUDACXX", "nvcc")
+    assert "reinstall flashmoe_train to build it" in found("CUDA library")[0].text
+
+
+def test_operators_without_kernels_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for operator in ("attention", "moe"):
+        monkeypatch.setattr(f"flashmoe_train.ops.{operator}.has_kernel", lambda name, device: False)
+    (attention,) = found("attention 128/128")
+    assert attention.state == "note" and "PyTorch's kernels: this installation has no compiled" in attention.text
