@@ -47,13 +47,15 @@ def compare(recipe: Recipe, processes: int, allow_fallback: bool, console: Conso
     """
     folder = Path(str(recipe.folder)) / "compare"
     recipes = integrations.part(recipe.framework, "recipes")
-    console.print("writing the weights that both start from")
-    seed = recipes.seed(recipe, str(folder / "seed"))
-    launch.train(seed, 1, allow_fallback=True, show=True)
+    weights = recipe.checkpoint.start_from
+    if weights is None:
+        console.print("writing the weights that both start from")
+        seed, weights = recipes.seed(recipe, str(folder / "seed"))
+        launch.train(seed, 1, allow_fallback=True, show=True)
     runs: dict[str, Run] = {}
     for choice in CHOICES:
         console.rule(choice)
-        starting = recipes.starting_from(with_swap(recipe, choice, str(folder / choice)), seed.folder)
+        starting = recipes.starting_from(with_swap(recipe, choice, str(folder / choice)), weights)
         runs[choice] = Run.of(launch.train(starting, processes, allow_fallback=allow_fallback, show=True))
     console.rule("stock and flashmoe")
     differences = [abs(a - b) for a, b in zip(*(runs[choice].losses for choice in CHOICES), strict=True)]

@@ -87,7 +87,8 @@ class Monitor:
 
         self.console.print(swap_table(swaps))
         facts = Table.grid(padding=(0, 2))
-        facts.add_row("loss", f"{first.loss:.3f} → {last.loss:.3f} nats per token over {last.step} steps")
+        steps = f"over {last.step} steps" if first.step == 1 else f"from step {first.step} to {last.step}"
+        facts.add_row("loss", f"{first.loss:.3f} → {last.loss:.3f} nats per token {steps}")
         if self.history.heldout:
             facts.add_row("held-out loss", f"{self.history.heldout[-1][1]:.3f}")
         if unigram_entropy is not None:

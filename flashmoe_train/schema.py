@@ -153,6 +153,16 @@ class Training(Table):
     validate_steps: Count | None = None  # batches a validation
 
 
+class Checkpoint(Table):
+    """Checkpoints in the run's folder; a run goes on from the newest."""
+
+    every: Count | None = None  # steps; and one after the last step
+    keep: Annotated[int, Field(ge=2)] | None = None  # so many of the newest: one of them may be in the making
+    asynchronous: bool | None = None  # write while training goes on
+    start_from: str | None = None  # weights to begin with: a checkpoint, or Hugging Face's safetensors
+    export: Literal["huggingface"] | None = None  # after the last step, into the folder `huggingface`
+
+
 class Parallel(Table):
     """How many processes share what; FSDP takes those that are left."""
 
@@ -174,6 +184,7 @@ class Recipe(Table):
     data: Data | None = None  # None: `[torchtitan.training]` names it
     training: Training = Field(default_factory=Training)
     parallel: Parallel = Field(default_factory=Parallel)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     torchtitan: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -53,12 +53,21 @@ def test_both_start_from_one_seed_checkpoint(started: list[tuple[Recipe, int, bo
         ("flashmoe", "flashmoe", 2, False),
     ]
     for run, _, _ in both:
-        assert run.torchtitan["checkpoint"]["initial_load_path"] == f"{seed.folder}/checkpoint/step-0"
+        assert run.checkpoint.start_from == f"{seed.folder}/checkpoint/step-0"
+        assert run.torchtitan["checkpoint"] == {"load_only": True}
     written = json.loads((tmp_path / "run/compare/compare.json").read_text())
     assert written["stock"]["tokens_per_s"] == 100 and written["flashmoe"]["heldout"] == 1.25
     assert (tmp_path / "run/compare/compare.png").read_bytes().startswith(b"\x89PNG")
     for part in ("1.50", "1.0e-03, of logged step 6 of 7", "held-out", "peak memory"):
         assert part in text.getvalue()
+
+
+def test_given_weights_are_where_both_start(started: list[tuple[Recipe, int, bool]], tmp_path: Path) -> None:
+    loaded = recipe.load("quickstart", [f"folder={tmp_path}/run", "checkpoint.start_from=somewhere"])
+    with pytest.raises(KeyError):  # the first answer is for a seed checkpoint
+        compare(loaded, 2, False, Console())
+    ((first, processes, _),) = started
+    assert (first.swap.attention, first.checkpoint.start_from, processes) == ("stock", "somewhere", 2)
 
 
 @pytest.mark.parametrize("tolerance, code", [("1e-2", 0), ("1e-4", 1)])

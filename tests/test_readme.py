@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from flashmoe_train import recipe
 from flashmoe_train.integrations.torchtitan.explain import explain
-from flashmoe_train.schema import Data, Parallel, Recipe, Swap, Training
+from flashmoe_train.schema import Checkpoint, Data, Parallel, Recipe, Swap, Training
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -33,7 +33,7 @@ def test_there_are_examples() -> None:
     assert PYTHON and len(TOML) >= 2 and all(tomllib.loads(text) for text in TOML)
 
 
-@pytest.mark.parametrize("table", [Recipe, Swap, Data, Training, Parallel])
+@pytest.mark.parametrize("table", [Recipe, Swap, Data, Training, Parallel, Checkpoint])
 def test_every_key_is_explained(table: type[BaseModel]) -> None:
     named = re.search(r"## Keys\n(.*?)\n## ", RECIPES, re.S)
     assert named is not None

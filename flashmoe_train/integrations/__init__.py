@@ -3,7 +3,7 @@
 What the commands need of one:
 - `runner.run(recipe, next_command, allow_fallback)` trains in this process of a torchrun job;
 - `explain.explain(recipe, processes)` says what a recipe comes to, without training;
-- `recipes.seed(recipe, folder)` and `recipes.starting_from(recipe, folder)` let runs start from the same weights.
+- `recipes.seed(recipe, folder)` and `recipes.starting_from(recipe, weights)` let runs start from the same weights.
 """
 
 import importlib

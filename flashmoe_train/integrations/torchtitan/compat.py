@@ -70,8 +70,14 @@ def _head_dims(model_args: Any) -> tuple[int, int]:
 
 def check_job(job_config: Any, parallel_dims: Any, choices: FlashMoE) -> None:
     """Raises UsageError for a job that stock TorchTitan or this swap is known not to run."""
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    model_args = get_train_spec(job_config.model.name).model_args[job_config.model.flavor]
+    attention_type = getattr(model_args, "attn_type", "sdpa")
     if choices.attention == "flashmoe":
-        _check_attention(job_config, parallel_dims)
+        _check_attention(attention_type, parallel_dims)
+    elif attention_type == "flex" and not torch.cuda.is_available():
+        raise UsageError("stock attention cannot train with document masks on a CPU (flex attention has no backward)")
     if "float8" in " ".join(job_config.model.converters):
         raise UsageError("converter 'flashmoe' does not work beside float8 converters; leave one of them out")
     for entry in versions.broken("torchtitan", Version(importlib.metadata.version("torch"))):
@@ -81,13 +87,10 @@ def check_job(job_config: Any, parallel_dims: Any, choices: FlashMoE) -> None:
             raise UsageError(f"{pair} cannot run {what}: {entry['why']}. {entry['instead']}")
 
 
-def _check_attention(job_config: Any, parallel_dims: Any) -> None:
-    from torchtitan.protocols.train_spec import get_train_spec
-
+def _check_attention(attention_type: str, parallel_dims: Any) -> None:
     if parallel_dims.cp_enabled:
         raise UsageError("context_parallel_degree > 1 is not supported with swapped attention; set it to 1")
-    model_args = get_train_spec(job_config.model.name).model_args[job_config.model.flavor]
-    if parallel_dims.pp_enabled and getattr(model_args, "attn_type", "sdpa") != "sdpa":
+    if parallel_dims.pp_enabled and attention_type != "sdpa":
         raise UsageError("pipeline parallelism cannot split document masks into microbatches; choose one of the two")
 
 

@@ -2,15 +2,16 @@
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from flashmoe_train import data
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import datasets, job, models
+from flashmoe_train.integrations.torchtitan import checkpoints, datasets, job, models
 from flashmoe_train.recipe import with_swap
-from flashmoe_train.schema import Recipe
+from flashmoe_train.schema import Checkpoint, Parallel, Recipe
 
 # Shared keys whose value TorchTitan takes as it is; the others have their own lines in `tables`.
 _SAME = {
@@ -94,6 +95,7 @@ def job_of(recipe: Recipe, processes: int) -> Job:
     _share_experts(recipe, result, processes)
     _share_batch(recipe, result, processes)
     _choose_data(recipe, result, processes)
+    _keep_checkpoints(recipe, result)
     return result
 
 
@@ -119,6 +121,32 @@ def _choose_data(recipe: Recipe, result: Job, processes: int) -> None:
             if (value := result.get(f"training.{key}")) is not None:
                 result.default(f"validation.{key}", value)
         result.default("validation.steps", 16)  # TorchTitan's is all of it
+
+
+def _keep_checkpoints(recipe: Recipe, result: Job) -> None:
+    chosen = recipe.checkpoint
+    if not chosen.model_fields_set:
+        return
+    result.say("checkpoint.enable", True, "[checkpoint]")
+    for key, place in {"every": "interval", "keep": "keep_latest_k"}.items():
+        if (value := getattr(chosen, key)) is not None:
+            result.say(f"checkpoint.{place}", value, f"[checkpoint] {key}")
+    if chosen.every is None:
+        result.default("checkpoint.interval", 2**31)  # after the last step only
+    if chosen.asynchronous:
+        mode = "async_with_pinned_mem" if torch.cuda.is_available() else "async"
+        result.say("checkpoint.async_mode", mode, "[checkpoint] asynchronous")
+    result.default("checkpoint.last_save_model_only", False)  # or the run could not be made longer
+    if chosen.start_from is not None:
+        folder = Path(chosen.start_from)
+        if not (checkpoints.is_complete(folder) or checkpoints.is_huggingface(folder)):
+            raise UsageError(
+                f"[checkpoint] start_from = {chosen.start_from!r}: a folder with neither a checkpoint (.metadata) nor "
+                "Hugging Face's *.safetensors"
+            )
+        result.say("checkpoint.initial_load_path", chosen.start_from, "[checkpoint] start_from")
+        if checkpoints.is_huggingface(folder):
+            result.say("checkpoint.initial_load_in_hf", True, "[checkpoint] start_from")
 
 
 def _share_experts(recipe: Recipe, result: Job, processes: int) -> None:
@@ -163,20 +191,20 @@ def _degree(result: Job, key: str) -> int:
     return max(1, result.get(f"parallelism.{key}") or 1)
 
 
-def seed(recipe: Recipe, folder: str) -> Recipe:
-    """The recipe of one process that writes the stock model's first weights into `folder`, and stops."""
+def seed(recipe: Recipe, folder: str) -> tuple[Recipe, str]:
+    """The recipe of one process that writes the stock model's first weights and stops; and where those will be."""
     tables = copy.deepcopy(recipe.torchtitan)
-    for key in ("parallelism", "compile", "checkpoint"):
+    for key in ("parallelism", "compile"):
         tables.pop(key, None)
     tables["checkpoint"] = {"enable": True, "create_seed_checkpoint": True}
     tables.setdefault("training", {}).pop("global_batch_size", None)
     training = recipe.training.model_copy(update={"compile": None, "global_batch_size": None})
-    changes = {"parallel": type(recipe.parallel)(), "training": training, "torchtitan": tables}
-    return with_swap(recipe, "stock", folder).model_copy(update=changes)
+    changes = {"parallel": Parallel(), "checkpoint": Checkpoint(), "training": training, "torchtitan": tables}
+    return with_swap(recipe, "stock", folder).model_copy(update=changes), f"{folder}/checkpoint/step-0"
 
 
-def starting_from(recipe: Recipe, folder: str) -> Recipe:
-    """The recipe, starting from the weights that `seed` wrote into `folder` and saving none."""
+def starting_from(recipe: Recipe, weights: str) -> Recipe:
+    """The recipe, starting from those weights and saving none."""
     tables = copy.deepcopy(recipe.torchtitan)
-    tables["checkpoint"] = {"enable": True, "load_only": True, "initial_load_path": f"{folder}/checkpoint/step-0"}
-    return recipe.model_copy(update={"torchtitan": tables})
+    tables["checkpoint"] = {"load_only": True}
+    return recipe.model_copy(update={"checkpoint": Checkpoint(start_from=weights), "torchtitan": tables})

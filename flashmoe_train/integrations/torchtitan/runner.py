@@ -11,20 +11,42 @@ from torchtitan.components.metrics import BaseLogger
 from torchtitan.config import JobConfig
 from torchtitan.train import Trainer
 
-from flashmoe_train import data
+from flashmoe_train import data, huggingface
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.torchtitan import compat, converter, job, recipes
+from flashmoe_train.integrations.torchtitan.checkpoints import Checkpoints
 from flashmoe_train.integrations.torchtitan.expert_load import ExpertLoad
 from flashmoe_train.monitor import Monitor, Step
 from flashmoe_train.recipe import write
-from flashmoe_train.schema import Recipe
+from flashmoe_train.schema import Model, Recipe
 from flashmoe_train.swap import Report
 
 
 def run(recipe: Recipe, next_command: str, allow_fallback: bool) -> None:
     """Trains the recipe in this process, one of those torchrun started. Console output comes from one process only."""
     early = _keep_log_lines()
-    world_size = int(os.environ["WORLD_SIZE"])
+    config = prepare(recipe, int(os.environ["WORLD_SIZE"]), allow_fallback)
+    folder = Path(config.job.dump_folder)
+    _log_to(folder / f"log_rank{os.environ['RANK']}.txt", early)
+    if os.environ["RANK"] == "0":
+        write(recipe, folder / "recipe.toml")
+    trainer = MonitoredTrainer(config)
+    try:
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+        else:
+            trainer.train()
+            if recipe.checkpoint.export == "huggingface":
+                trainer.export(recipe.model)
+            trainer.summarise(next_command)
+    finally:
+        trainer.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def prepare(recipe: Recipe, world_size: int, allow_fallback: bool) -> JobConfig:
+    """TorchTitan's configuration of the recipe, checked, and the folder of the run with what it needs in it."""
     tables = recipes.job_of(recipe, world_size).tables
     config = job.parse(tables)
     job.check(config, world_size)
@@ -32,23 +54,9 @@ def run(recipe: Recipe, next_command: str, allow_fallback: bool) -> None:
         compat.check_kernels(converter.choices(config), config, job.model_args(tables))
     folder = Path(config.job.dump_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _log_to(folder / f"log_rank{os.environ['RANK']}.txt", early)
-    if os.environ["RANK"] == "0":
-        write(recipe, folder / "recipe.toml")
     if config.model.hf_assets_path == data.BYTE_TOKENIZER:
         config.model.hf_assets_path = str(data.write_byte_tokenizer(folder / "byte_tokenizer"))
-
-    trainer = MonitoredTrainer(config)
-    try:
-        if config.checkpoint.create_seed_checkpoint:
-            trainer.checkpointer.save(curr_step=0, last_step=True)
-        else:
-            trainer.train()
-            trainer.summarise(next_command)
-    finally:
-        trainer.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return config
 
 
 def _keep_log_lines() -> MemoryHandler:
@@ -78,6 +86,7 @@ class MonitoredTrainer(Trainer):
         compat.provide_validator(job_config)
         super().__init__(job_config)
         compat.ask_for_no_masks(self)
+        self.checkpointer.__class__ = Checkpoints
         _check_vocabulary(self)
         dims = self.parallel_dims
         self.expert_load = ExpertLoad(
@@ -102,6 +111,17 @@ class MonitoredTrainer(Trainer):
         # The loss on held-out data belongs into the summary, whatever validation.freq is.
         if self.job_config.validation.enable and not self.validator.should_validate(self.step):
             self.validator.validate(self.model_parts, self.step)
+
+    def export(self, model: Model | None) -> None:
+        """Writes the weights in Hugging Face's format, with a config.json if the recipe has the model's sizes."""
+        config = self.job_config
+        files = {}
+        if model is not None:
+            tokens = {"bos_token_id": self.tokenizer.bos_id, "eos_token_id": self.tokenizer.eos_id}
+            dtype, seq_len = config.checkpoint.export_dtype, config.training.seq_len
+            files["config.json"] = huggingface.config(model, seq_len, dtype, tokens)
+        folder = Path(config.job.dump_folder) / "huggingface"
+        self.checkpointer.export(folder, files, Path(config.model.hf_assets_path))
 
     def summarise(self, next_command: str) -> None:
         if self.monitor is None:

@@ -196,11 +196,15 @@ def test_seed_and_the_runs_that_start_from_it(tmp_path: Path) -> None:
     loaded = recipe.load(
         "quickstart", ["parallel.tensor=2", "training.compile=true", "torchtitan.checkpoint.interval=3"]
     )
-    seed = recipes.job_of(recipes.seed(loaded, str(tmp_path)), 1)
+    first, weights = recipes.seed(loaded, str(tmp_path))
+    seed = recipes.job_of(first, 1)
     assert (seed.get("flashmoe.attention"), seed.get("flashmoe.moe")) == ("stock", "stock")
     assert seed.get("checkpoint.create_seed_checkpoint") and seed.get("job.dump_folder") == str(tmp_path)
     job.check(job.parse(seed.tables), 1)
-    start = recipes.job_of(recipes.starting_from(loaded, str(tmp_path)), 2)
-    assert start.get("checkpoint.initial_load_path") == f"{tmp_path}/checkpoint/step-0"
+    assert weights == f"{tmp_path}/checkpoint/step-0"
+    Path(weights).mkdir(parents=True)
+    (Path(weights) / ".metadata").touch()
+    start = recipes.job_of(recipes.starting_from(loaded, weights), 2)
+    assert start.get("checkpoint.initial_load_path") == weights
     assert start.get("checkpoint.load_only") and start.get("parallelism.tensor_parallel_degree") == 2
     assert loaded.torchtitan["checkpoint"] == {"interval": 3}
