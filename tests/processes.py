@@ -1,5 +1,6 @@
 """Runs a test's function on several processes over gloo, and fails with their traceback."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -32,4 +33,13 @@ def free_port() -> int:
 
 def run(function: Callable[..., None], *arguments: object, processes: int = 2) -> None:
     """Calls `function(*arguments)`, a function of a module, in every process."""
-    mp.spawn(_entry, args=(processes, free_port(), function, arguments), nprocs=processes)
+    start(_entry, processes, free_port(), function, arguments, processes=processes)
+
+
+def start(function: Callable[..., None], *arguments: object, processes: int) -> None:
+    """Calls `function(rank, *arguments)` in new processes and waits for them.
+
+    They are forked from a server that has imported what takes seconds, and has started no thread.
+    """
+    multiprocessing.set_forkserver_preload(["flashmoe_train.integrations.torchtitan.runner"])
+    mp.start_processes(function, args=arguments, nprocs=processes, start_method="forkserver")

@@ -76,7 +76,11 @@ def check_job(job_config: Any, parallel_dims: Any, choices: FlashMoE) -> None:
     attention_type = getattr(model_args, "attn_type", "sdpa")
     if choices.attention == "flashmoe":
         _check_attention(attention_type, parallel_dims)
-    elif attention_type == "flex" and not torch.cuda.is_available():
+    elif (
+        attention_type == "flex"
+        and not torch.cuda.is_available()
+        and not job_config.checkpoint.create_seed_checkpoint  # which trains nothing
+    ):
         raise UsageError("stock attention cannot train with document masks on a CPU (flex attention has no backward)")
     if "float8" in " ".join(job_config.model.converters):
         raise UsageError("converter 'flashmoe' does not work beside float8 converters; leave one of them out")

@@ -1,10 +1,15 @@
 """Runs TorchTitan jobs in the processes of a test: a model from a seed checkpoint, a few steps, its losses."""
 
+import contextlib
 import copy
 import json
 import logging
+import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -64,10 +69,20 @@ def train(tables: dict[str, Any], overrides: list[str], root: Path) -> list[floa
     logs = type(trainer.metrics_processor.logger) is not BaseLogger
     trainer.metrics_processor.logger = recorder = Recorder()
     try:
-        trainer.train()
+        with without_waiting():
+            trainer.train()
     finally:
         trainer.close()
     return recorder.losses if logs else None
+
+
+@contextlib.contextmanager
+def without_waiting() -> Iterator[None]:
+    """TorchTitan's training ends with two seconds of sleep."""
+    with mock.patch(
+        "torchtitan.train.time", types.SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda s: None)
+    ):
+        yield
 
 
 def write_seed_checkpoint(tables: dict[str, Any], layers: int, root: Path) -> None:

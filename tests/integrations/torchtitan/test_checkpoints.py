@@ -21,7 +21,7 @@ from flashmoe_train.integrations.torchtitan import job, recipes, runner
 from flashmoe_train.integrations.torchtitan.checkpoints import is_complete
 
 from ... import processes
-from .jobs import Recorder
+from .jobs import Recorder, without_waiting
 
 slow = pytest.mark.slow
 
@@ -46,7 +46,8 @@ def train(folder: Path, *overrides: str, name: str = "deepseek_v3_debug") -> dic
     loaded.training.model_fields_set.difference_update(("validate_every", "validate_steps"))
     trainer = KeptTrainer(runner.prepare(loaded, dist.get_world_size(), True))
     try:
-        trainer.train()
+        with without_waiting():
+            trainer.train()
         if loaded.checkpoint.export:
             trainer.export(loaded.model)
     finally:
@@ -113,7 +114,7 @@ def _kill_at_save(rank: int, port: int, folder: Path, step: int, overrides: tupl
 
 def killed(folder: Path, step: int, *overrides: str) -> None:
     with pytest.raises(mp.ProcessExitedException) as error:
-        mp.spawn(_kill_at_save, args=(processes.free_port(), folder, step, overrides), nprocs=2)
+        processes.start(_kill_at_save, processes.free_port(), folder, step, overrides, processes=2)
     assert error.value.signal_name == "SIGKILL"
 
 
@@ -122,7 +123,6 @@ def _goes_on(root: Path) -> None:
     assert train(root / "killed", CHECKPOINTS) == {step: whole[step] for step in (4, 5, 6)}
 
 
-@slow
 def test_killed_while_saving_the_previous_checkpoint_loads(tmp_path: Path) -> None:
     killed(tmp_path / "killed", 6)
     half = tmp_path / "killed/checkpoint/step-6"
@@ -175,7 +175,6 @@ def _refuses(root: Path) -> None:
     assert list(train(root / "new", f"checkpoint.start_from={root}/alone/checkpoint/step-6")) == [1, 2, 3, 4, 5, 6]
 
 
-@slow
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     processes.run(_refuses, tmp_path)
 

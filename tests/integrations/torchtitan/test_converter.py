@@ -107,10 +107,18 @@ def test_refuses_context_parallelism_and_float8() -> None:
         FlashMoEConverter(config(model={"converters": ["float8", "flashmoe"]}), dims())
 
 
-def test_stock_parts_are_not_refused_for_what_the_swap_cannot_do() -> None:
+def test_stock_parts_are_not_refused_for_what_the_swap_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     stock = config(flashmoe={"attention": "stock"}, model={"flavor": "debugmodel_flex_attn"})
     FlashMoEConverter(stock, dims(cp_enabled=True))
     FlashMoEConverter(stock, dims(pp_enabled=True))
+
+
+def test_stock_document_masks_are_refused_where_they_cannot_train() -> None:
+    tables = {"flashmoe": {"attention": "stock"}, "model": {"flavor": "debugmodel_flex_attn"}}
+    with pytest.raises(UsageError, match="cannot train with document masks on a CPU"):
+        FlashMoEConverter(config(**tables), dims())
+    FlashMoEConverter(config(**tables, checkpoint={"create_seed_checkpoint": True}), dims())
 
 
 def test_blocks_of_another_class_are_refused_rather_than_left_stock() -> None:
