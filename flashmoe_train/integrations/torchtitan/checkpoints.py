@@ -34,8 +34,8 @@ def is_huggingface(folder: Path) -> bool:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds a whole checkpoint: its metadata is written last."""
-    return (folder / ".metadata").is_file() or (folder / "model.safetensors.index.json").is_file()
+    """Whether `folder` holds a whole checkpoint of TorchTitan's own format: its metadata is written last."""
+    return (folder / ".metadata").is_file()
 
 
 class Checkpoints(CheckpointManager):
@@ -50,7 +50,7 @@ class Checkpoints(CheckpointManager):
         folder = Path(self.folder)
         if dist.get_rank() == 0 and folder.is_dir():
             for path in folder.glob("step-*"):
-                if not is_complete(path):
+                if not is_complete(path) and not is_huggingface(path):
                     shutil.rmtree(path)
             if not any(folder.iterdir()):
                 folder.rmdir()  # or TorchTitan would not load the weights to start from
@@ -61,6 +61,10 @@ class Checkpoints(CheckpointManager):
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
         elif from_hf:
             self._load_huggingface(state_dict, checkpoint_id)
+        elif not is_complete(Path(checkpoint_id)):
+            raise UsageError(
+                f"{checkpoint_id} is in Hugging Face's format: a run can start from it, but not go on with it"
+            )
         else:
             saved = FileSystemReader(checkpoint_id).read_metadata()
             if OPTIMIZER in state_dict and not any(name.startswith("optimizer.") for name in saved.state_dict_metadata):
@@ -124,6 +128,9 @@ class Checkpoints(CheckpointManager):
         self.dcp_save(self._with_whole_heads(weights), str(folder), AsyncMode.DISABLED, to_hf=True)
         if dist.get_rank() == 0:
             shutil.rmtree(folder / "sharded", ignore_errors=True)
+            if (single := folder / "model-00001-of-00001.safetensors").exists():
+                single.rename(folder / "model.safetensors")  # the name that needs no index
+                (folder / "model.safetensors.index.json").unlink(missing_ok=True)
             for name, content in files.items():
                 (folder / name).write_text(json.dumps(content, indent=1) + "\n")
             for path in (*tokenizer.glob("*token*.json"), *tokenizer.glob("*.model"), *tokenizer.glob("merges.txt")):

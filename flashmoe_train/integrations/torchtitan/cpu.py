@@ -23,6 +23,7 @@ def apply() -> None:
     _device_functions()
     _histc()
     _gloo()
+    _profiler()
 
 
 def _find_cpu() -> None:
@@ -90,3 +91,12 @@ def _gloo() -> None:
         self.set_force_sum_reduction_for_comms(True)
 
     FSDPModule.set_gradient_divide_factor = set_gradient_divide_factor  # type: ignore[method-assign]
+
+
+def _profiler() -> None:
+    # TorchTitan asks for the activities of the CPU and of a device, which is None here: a TypeError.
+    class Profile(torch.profiler.profile):
+        def __init__(self, *, activities: Any = None, **options: Any) -> None:
+            super().__init__(activities=activities and [a for a in activities if a is not None], **options)
+
+    torch.profiler.profile = Profile  # type: ignore[misc]

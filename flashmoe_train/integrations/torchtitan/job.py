@@ -1,6 +1,7 @@
 """From tables to TorchTitan's JobConfig, with every mistake named before a process group exists."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 from collections.abc import Iterable
@@ -69,6 +70,8 @@ def check(config: JobConfig, world_size: int) -> None:
         known("[validation] dataset", config.validation.dataset, DATASETS)
     if config.checkpoint.create_seed_checkpoint and not (config.checkpoint.enable and world_size == 1):
         raise UsageError("[checkpoint] create_seed_checkpoint needs enable = true and one process (--processes 1)")
+    if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        raise UsageError("[metrics] enable_wandb: Weights & Biases is not installed: pip install wandb")
     _check_degrees(config, world_size)
     _check_expert_parallelism(config, world_size, spec.model_args[config.model.flavor])
 

@@ -134,8 +134,7 @@ def _keep_checkpoints(recipe: Recipe, result: Job) -> None:
     if chosen.every is None:
         result.default("checkpoint.interval", 2**31)  # after the last step only
     if chosen.asynchronous:
-        mode = "async_with_pinned_mem" if torch.cuda.is_available() else "async"
-        result.say("checkpoint.async_mode", mode, "[checkpoint] asynchronous")
+        result.say("checkpoint.async_mode", "async", "[checkpoint] asynchronous")
     result.default("checkpoint.last_save_model_only", False)  # or the run could not be made longer
     if chosen.start_from is not None:
         folder = Path(chosen.start_from)

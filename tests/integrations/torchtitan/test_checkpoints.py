@@ -17,44 +17,15 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from flashmoe_train import recipe
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import job, recipes, runner
+from flashmoe_train.integrations.torchtitan import job, recipes
 from flashmoe_train.integrations.torchtitan.checkpoints import is_complete
 
 from ... import processes
-from .jobs import Recorder, without_waiting
+from .runs import SMALL, train
 
 slow = pytest.mark.slow
 
-SMALL = ("training.steps=6", "training.seq_len=32", "training.global_batch_size=4", "model.num_hidden_layers=2")
 CHECKPOINTS = "checkpoint.every=3"
-
-
-class KeptTrainer(runner.MonitoredTrainer):
-    """Without the screen."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        if self.monitor is not None:
-            self.monitor.stop()
-        self.metrics_processor.logger = self.recorder = Recorder()
-
-
-def train(folder: Path, *overrides: str, name: str = "deepseek_v3_debug") -> dict[int, float]:
-    """The losses of a run, by step."""
-    loaded = recipe.load(name, [*SMALL, f"folder={folder}", *overrides])
-    loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"heldout": None})})
-    loaded.training.model_fields_set.difference_update(("validate_every", "validate_steps"))
-    trainer = KeptTrainer(runner.prepare(loaded, dist.get_world_size(), True))
-    try:
-        with without_waiting():
-            trainer.train()
-        if loaded.checkpoint.export:
-            trainer.export(loaded.model)
-    finally:
-        trainer.close()
-    last = trainer.step
-    losses = trainer.recorder.losses
-    return {step: loss for step, loss in zip(range(last - len(losses) + 1, last + 1), losses, strict=True)}
 
 
 def forget(source: Path, target: Path, step: int) -> Path:
@@ -172,6 +143,15 @@ def _refuses(root: Path) -> None:
     train(root / "alone", CHECKPOINTS, "torchtitan.checkpoint.last_save_model_only=true")
     with pytest.raises(UsageError, match="step-6 holds weights alone: a run can start from it, but not go on with it"):
         train(root / "alone", CHECKPOINTS, "training.steps=8")
+    train(
+        root / "theirs",
+        CHECKPOINTS,
+        "torchtitan.checkpoint.last_save_in_hf=true",
+        "torchtitan.checkpoint.last_save_model_only=true",
+    )
+    with pytest.raises(UsageError, match="step-6 is in Hugging Face's format: a run can start from it, but not go on"):
+        train(root / "theirs", CHECKPOINTS, "training.steps=8", "torchtitan.checkpoint.load_step=6")
+    assert list((root / "theirs/checkpoint/step-6").glob("*.safetensors"))
     assert list(train(root / "new", f"checkpoint.start_from={root}/alone/checkpoint/step-6")) == [1, 2, 3, 4, 5, 6]
 
 
@@ -249,5 +229,6 @@ def _equals_transformers(root: Path, name: str, overrides: tuple[str, ...]) -> N
 )
 def test_hugging_faces_format(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
     processes.run(_exports, tmp_path, name, overrides)
+    assert (tmp_path / "run/huggingface/model.safetensors").exists()
     config = json.loads((tmp_path / "run/huggingface/config.json").read_text())
     assert config["torch_dtype"] == "float32" and config["eos_token_id"] == 257

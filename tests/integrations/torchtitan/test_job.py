@@ -44,6 +44,7 @@ def test_accepts_a_job() -> None:
         ("parallelism.data_parallel_shard_degree=0", r"must be at least 1, or -1 for all that is left, found 0"),
         ("parallelism.expert_parallel_degree=2", r"expert_parallel_degree 2: debugmodel has no experts"),
         ("checkpoint.create_seed_checkpoint=true", r"create_seed_checkpoint needs enable = true and one process"),
+        ("metrics.enable_wandb=true", r"enable_wandb: Weights & Biases is not installed: pip install wandb"),
         ("model.name=llama33", r"\[model\] name = 'llama33' is not a model; did you mean 'llama3'\?"),
         ("model.flavor=debug", r"\[model\] flavor = 'debug' does not exist; did you mean 'debugmodel'\?"),
         ("training.dataset=foo", r"\[training\] dataset = 'foo' does not exist; possible: .*torch_sources"),

@@ -1,6 +1,9 @@
 """What TorchTitan is told by a recipe, and what a recipe cannot say."""
 
+import importlib.machinery
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ def job_of(*overrides: str, processes: int = 1, name: str = "quickstart") -> rec
     return recipes.job_of(recipe.load(name, overrides), processes)
 
 
-def test_shared_keys_reach_torchtitan() -> None:
+def test_shared_keys_reach_torchtitan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    sys.modules["wandb"].__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     found = job_of(
         "training.precision=bfloat16",
         "training.compile=true",
