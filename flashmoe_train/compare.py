@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashmoe_train import integrations, launch
+from flashmoe_train.errors import UsageError
 from flashmoe_train.recipe import with_swap
 from flashmoe_train.schema import Choice, Recipe
 
@@ -41,13 +43,19 @@ class Run:
 
 
 def compare(recipe: Recipe, processes: int, allow_fallback: bool, console: Console) -> float:
-    """Trains both, prints and draws the comparison; returns the largest difference of a step's loss.
+    """Trains both, prints and draws the comparison; returns the largest difference of a step's loss, or NaN if a loss
+    is not finite.
 
-    Raises launch.RunError if a run fails; it has said why on the screen.
+    Raises UsageError if one of the two could not be trained, before it trains the other, and launch.RunError if a run
+    fails; it has said why on the screen.
     """
+    if with_swap(recipe, "stock", "").swap == recipe.swap:
+        raise UsageError("the recipe swaps nothing: there is nothing to compare")
     folder = Path(str(recipe.folder)) / "compare"
-    recipes = integrations.part(recipe.framework, "recipes")
-    weights = recipe.checkpoint.start_from
+    recipes, explain = (integrations.part(recipe.framework, name) for name in ("recipes", "explain"))
+    for choice in CHOICES:
+        explain.explain(with_swap(recipe, choice, str(folder / choice)), processes)
+    weights = recipes.weights_of(recipe)
     if weights is None:
         console.print("writing the weights that both start from")
         seed, weights = recipes.seed(recipe, str(folder / "seed"))
@@ -59,18 +67,20 @@ def compare(recipe: Recipe, processes: int, allow_fallback: bool, console: Conso
         runs[choice] = Run.of(launch.train(starting, processes, allow_fallback=allow_fallback, show=True))
     console.rule("stock and flashmoe")
     differences = [abs(a - b) for a, b in zip(*(runs[choice].losses for choice in CHOICES), strict=True)]
+    worst = next((i for i, d in enumerate(differences) if not isfinite(d)), differences.index(max(differences)))
     curve = _draw(runs, differences, folder / "compare.png")
     written = folder / "compare.json"
-    content = {"largest_difference": max(differences), **{choice: vars(run) for choice, run in runs.items()}}
+    content = {"largest_difference": differences[worst], **{choice: vars(run) for choice, run in runs.items()}}
     written.write_text(json.dumps(content, indent=1) + "\n")
     console.print(_table(runs))
-    at = 1 + differences.index(max(differences))
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("largest difference of a loss", f"{max(differences):.1e}, of logged step {at} of {len(differences)}")
+    facts.add_row(
+        "largest difference of a loss", f"{differences[worst]:.1e}, of logged step {worst + 1} of {len(differences)}"
+    )
     facts.add_row("curves", str(curve))
     facts.add_row("numbers", str(written))
     console.print(facts, highlight=False)
-    return max(differences)
+    return differences[worst]
 
 
 def _table(runs: dict[str, Run]) -> Table:

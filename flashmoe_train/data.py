@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flashmoe_train.errors import UsageError, nearest
+from flashmoe_train.resources import replace_file
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -37,23 +38,27 @@ def check_source(key: str, source: str | dict[str, Any]) -> None:
 
 def check_tokenizer(key: str, tokenizer: str) -> None:
     """Raises UsageError, naming `key`, unless `tokenizer` is "bytes" or a folder with Hugging Face's files."""
-    if tokenizer != BYTE_TOKENIZER and not Path(tokenizer).is_dir():
+    if tokenizer == BYTE_TOKENIZER:
+        return
+    if not Path(tokenizer).is_dir():
         raise UsageError(f"{key} = {tokenizer!r}: no such folder, and not {BYTE_TOKENIZER!r}")
+    if not any((Path(tokenizer) / name).exists() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        raise UsageError(f"{key} = {tokenizer!r}: a folder without tokenizer.json, vocab.json or vocab.txt")
 
 
-def open_source(source: str | dict[str, Any]) -> "Dataset | IterableDataset":
-    """The data set that `[data] train` or `heldout` names: "torch_sources", files, or arguments of `load_dataset`.
+def open_source(source: str | dict[str, Any], rows: int) -> "tuple[Dataset | IterableDataset, list[dict[str, Any]]]":
+    """The data set that `[data] train` or `heldout` names, and its first rows, up to so many: files, or arguments of
+    `load_dataset`, whose split is "train" unless they say otherwise.
 
     Raises UsageError with what Hugging Face's `datasets` says if it cannot be loaded.
     """
     from datasets import load_dataset
 
     if isinstance(source, str):
-        if source in TORCH_SOURCES:
-            return corpus(TORCH_SOURCES[source])
         source = {"path": _BUILDERS[Path(source).suffix], "data_files": source}
     try:
-        return load_dataset(**{"split": "train"} | source)
+        dataset = load_dataset(**{"split": "train"} | source)
+        return dataset, list(dataset.take(rows))
     except Exception as error:  # whatever a builder, a file system or a network raises
         raise UsageError(f"load_dataset({source}) failed: {type(error).__name__}: {error}") from error
 
@@ -122,13 +127,6 @@ def write_byte_tokenizer(folder: Path) -> Path:
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<bos>", "<eos>")])
     assert tokenizer.get_vocab_size() == BYTE_VOCABULARY
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "tokenizer.json", tokenizer.to_str())
-    _write(folder / "tokenizer_config.json", '{"bos_token": "<bos>", "eos_token": "<eos>"}\n')
+    replace_file(folder / "tokenizer.json", tokenizer.to_str())
+    replace_file(folder / "tokenizer_config.json", '{"bos_token": "<bos>", "eos_token": "<eos>"}\n')
     return folder
-
-
-def _write(path: Path, text: str) -> None:
-    """All processes of a run write the same file: replace it in one step, so that none reads half of it."""
-    temporary = path.with_name(f".{path.name}.{random.SystemRandom().randrange(2**48):012x}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

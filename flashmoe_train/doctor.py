@@ -106,5 +106,7 @@ def _operators() -> Iterator[Finding]:
     for operator, reason in cases.items():
         if reason is None:
             yield Finding("ok", operator, f"{runs}, {str(dtype).removeprefix('torch.')}")
+        elif device == "cuda" and torch.cuda.get_device_capability()[0] == 9:
+            yield Finding("problem", operator, f"{reason}: on this GPU `flashmoe train` asks for --allow-fallback")
         else:
             yield Finding("note", operator, f"PyTorch's kernels: {reason}")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from flashmoe_train.errors import UsageError
 from flashmoe_train.schema import Model
 
 
@@ -37,6 +38,28 @@ def config(model: Model, seq_len: int, dtype: str, special_tokens: dict[str, int
     return {**kind, **common, **_deepseek(model)}
 
 
+def check(model: Model) -> None:
+    """Raises UsageError if Transformers has no model that computes the same."""
+    moe = model.moe
+    if moe is None:
+        return
+    if model.architecture == "qwen3_moe":
+        unknown = {
+            "n_shared_experts": moe.n_shared_experts != 0,
+            "scoring_func": moe.scoring_func != "softmax",
+            "routed_scaling_factor": moe.routed_scaling_factor != 1,
+            "n_group": moe.n_group is not None,
+        }
+    elif moe.scoring_func == "softmax":  # deepseek_v2
+        unknown = {"norm_topk_prob": moe.norm_topk_prob, "n_group": moe.n_group is not None}
+    else:
+        unknown = {}
+    for key in (key for key, set_ in unknown.items() if set_):
+        value = getattr(moe, key)
+        kind = f"{model.architecture} with {moe.scoring_func} scores"
+        raise UsageError(f"[checkpoint] export: Transformers' {kind} has no [model.moe] {key} = {value!r}")
+
+
 def _rope_scaling(model: Model, seq_len: int) -> dict[str, Any] | None:
     scaling = model.rope_scaling
     if scaling is None:
@@ -70,5 +93,5 @@ def _deepseek(model: Model) -> dict[str, Any]:
     if moe.n_group is None:
         sizes |= {"n_group": 1, "topk_group": 1, "topk_method": "greedy"}
     else:
-        sizes |= {"topk_method": "noaux_tc" if moe.scoring_func == "sigmoid" else "group_limited_greedy"}
+        sizes |= {"topk_method": "noaux_tc"}
     return sizes

@@ -3,6 +3,7 @@
 One process of a run has a Monitor. It leaves `loss.png` and `summary.json` in the run's folder.
 """
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,15 +81,15 @@ class Monitor:
         if not self.history.steps:
             self.console.print("No step was trained: the run was already complete.")
             return
+        tokens_per_s = median(step.tokens_per_s for step in self.history.steps[1:] or self.history.steps)
+        self._remember()
         first, last = self.history.steps[0], self.history.steps[-1]
-        tokens_per_s = median(step.tokens_per_s for step in self.history.steps[1:] or [last])
         curve = self._draw(unigram_entropy)
         summary = self._write_summary(swaps, tokens_per_s, unigram_entropy)
 
         self.console.print(swap_table(swaps))
         facts = Table.grid(padding=(0, 2))
-        steps = f"over {last.step} steps" if first.step == 1 else f"from step {first.step} to {last.step}"
-        facts.add_row("loss", f"{first.loss:.3f} → {last.loss:.3f} nats per token {steps}")
+        facts.add_row("loss", f"{first.loss:.3f} → {last.loss:.3f} nats per token over {last.step} steps")
         if self.history.heldout:
             facts.add_row("held-out loss", f"{self.history.heldout[-1][1]:.3f}")
         if unigram_entropy is not None:
@@ -102,6 +103,17 @@ class Monitor:
         facts.add_row("summary", str(summary))
         facts.add_row("next", next_command)
         self.console.print(facts, highlight=False, soft_wrap=True)
+
+    def _remember(self) -> None:
+        """Puts the steps of an earlier run, which this one has resumed, before its own."""
+        path, start = self.folder / "summary.json", self.history.steps[0].step
+        if start == 1 or not path.exists():
+            return
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a file that is not ours
+            earlier = json.loads(path.read_text())
+            heldout = [(check["step"], check["loss"]) for check in earlier["heldout"] if check["step"] < start]
+            self.history.steps[:0] = [Step(**step) for step in earlier["steps"] if step["step"] < start]
+            self.history.heldout[:0] = heldout
 
     def _write_summary(self, swaps: Report, tokens_per_s: float, unigram_entropy: float | None) -> Path:
         path = self.folder / "summary.json"

@@ -12,7 +12,7 @@ from typing import Any
 import tomli_w
 
 from flashmoe_train.errors import UsageError, nearest
-from flashmoe_train.resources import resource
+from flashmoe_train.resources import replace_file, resource
 from flashmoe_train.schema import Choice, Recipe, Swap, parse
 
 
@@ -59,8 +59,10 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as f:
             return tomllib.load(f)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
 
 
 def apply(tables: dict[str, Any], override: str) -> None:
@@ -81,19 +83,21 @@ def apply(tables: dict[str, Any], override: str) -> None:
 
 
 def with_swap(recipe: Recipe, choice: Choice, folder: str) -> Recipe:
-    """The recipe with all or nothing swapped, run in another folder."""
-    return recipe.model_copy(update={"swap": Swap(attention=choice, moe=choice), "folder": folder})
+    """The recipe with what it swaps ("flashmoe"), or with nothing swapped ("stock"), run in another folder."""
+    swap = recipe.swap if choice == "flashmoe" else Swap(attention="stock", moe="stock")
+    return recipe.model_copy(update={"swap": swap, "folder": folder})
 
 
 def write(recipe: Recipe, path: Path) -> None:
-    """Writes the recipe with the sizes of its config and all overrides in it: `load` gives the same again."""
+    """Writes the recipe with the sizes of its config and all overrides in it, so that `load` comes to the same."""
     tables = recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"config"})
-    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    replace_file(path, tomli_w.dumps(tables))  # other processes may be reading it
 
 
 def _config(name: str, recipe: Path) -> Path:
-    """A config's path is relative to the recipe that names it."""
-    return find(str(recipe.parent / name) if name.endswith(".toml") else name, "config")
+    """A config's path is relative to the recipe that names it, or to the working folder."""
+    beside = recipe.parent / name
+    return find(str(beside) if name.endswith(".toml") and beside.is_file() else name, "config")
 
 
 def _merged(sizes: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

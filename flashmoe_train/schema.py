@@ -14,7 +14,8 @@ from flashmoe_train.errors import UsageError, nearest
 Choice = Literal["flashmoe", "stock"]
 Count = Annotated[int, Field(ge=1)]
 OrNone = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Even = Annotated[int, Field(ge=2, multiple_of=2)]
 
 
 class Table(BaseModel):
@@ -48,6 +49,11 @@ class MixtureOfExperts(Table):
                 raise ValueError(f"n_group does not divide num_experts ({self.num_experts})")
             if self.topk_group > self.n_group:
                 raise ValueError(f"topk_group is more than n_group ({self.n_group})")
+            size = self.num_experts // self.n_group
+            if size < 2:
+                raise ValueError(f"n_group leaves one expert to a group: at least 2 (num_experts {self.num_experts})")
+            if self.topk_group * size < self.num_experts_per_tok:
+                raise ValueError(f"topk_group × {size} experts of a group are less than num_experts_per_tok")
         return self
 
 
@@ -57,7 +63,7 @@ class LatentAttention(Table):
     q_lora_rank: OrNone = 0  # 0: queries are projected in one step
     kv_lora_rank: Count
     qk_nope_head_dim: Count
-    qk_rope_head_dim: Count
+    qk_rope_head_dim: Even
     v_head_dim: Count
 
 
@@ -92,7 +98,7 @@ class Model(Table):
     num_hidden_layers: Count
     num_attention_heads: Count
     num_key_value_heads: Count | None = None  # None: as many as attention heads
-    head_dim: Count | None = None  # None: hidden_size / num_attention_heads
+    head_dim: Even | None = None  # None: hidden_size / num_attention_heads
     rms_norm_eps: Positive = 1e-5
     rope_theta: Positive = 10000.0
     rope_scaling: Annotated[Llama3Scaling | YarnScaling, Field(discriminator="rope_type")] | None = None
@@ -145,7 +151,7 @@ class Training(Table):
     micro_batch_size: Count | None = None  # sequences at most that a process takes through the model at once
     learning_rate: Positive | None = None
     warmup_steps: OrNone | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     precision: Literal["bfloat16", "float32"] | None = None  # of products; bfloat16 on GPUs, float32 without one
     compile: bool | None = None
     activation_checkpointing: Literal["none", "selective", "full"] | None = None
@@ -186,6 +192,16 @@ class Recipe(Table):
     parallel: Parallel = Field(default_factory=Parallel)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     torchtitan: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _validates_on_other_text(self) -> Self:
+        heldout = self.data.heldout if self.data is not None else None
+        for key in ("validate_every", "validate_steps"):
+            if getattr(self.training, key) is not None and heldout is None:
+                raise ValueError(f"[training] {key} needs [data] heldout, on which to validate")
+        if isinstance(heldout, dict) and "split" not in heldout:
+            raise ValueError("[data] heldout needs a split: without one it would be that of training")
+        return self
 
 
 M = TypeVar("M", bound=Table)
@@ -237,10 +253,12 @@ def _problem(schema: type[Table], error: Any, table: str) -> tuple[str, str]:
             named = f"table {table_name(*place)}" if isinstance(found, dict) else f"key {key_name(*place)}"
             known = sorted({key for s in schemas for key in s.model_fields})
             return f"unknown {named}; ", nearest(str(place[-1]), known)
+        case "union_tag_not_found":
+            return f"{key_name(*place, 'rope_type')} ", "is missing"
         case "missing":
             return f"{key_name(*place)} ", "is missing"
         case "value_error":
-            return f"{table_name(*place)} ", str(error["ctx"]["error"])
+            return f"{table_name(*place)} " if place else "", str(error["ctx"]["error"])
         case "model_type":
             return f"{table_name(*place)} ", f"must be a table, found {found!r}"
     return f"{key_name(*place)} = {found!r}: ", error["msg"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ def train(recipe: str, overrides: list[str], allow_fallback: bool) -> None:
     if "WORLD_SIZE" not in os.environ:
         raise UsageError("this program is started by torchrun; `flashmoe train` does that for you")
     runner = integrations.part(loaded.framework, "runner")
-    runner.run(loaded, f"{command_name()} train {recipe} training.steps=200", allow_fallback)
+    command = shlex.join([command_name(), "train", recipe, *overrides])
+    runner.run(loaded, command, allow_fallback)
 
 
 def command_name() -> str:
@@ -39,12 +41,12 @@ def command_name() -> str:
 
 
 @contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """Ends the program with a UsageError's text, said by one process, and no traceback."""
+def usage_errors(speaks: bool = True) -> Iterator[None]:
+    """Ends the program with a UsageError's text, if this process is the one that `speaks`, and no traceback."""
     try:
         yield
     except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -55,7 +57,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(recipe: Recipe, overrides: Overrides = None, allow_fallback: AllowFallback = False) -> None:
     """Trains RECIPE on this process of a torchrun job."""
-    with usage_errors():
+    with usage_errors(speaks=os.environ.get("RANK", "0") == "0"):
         train(recipe, overrides or [], allow_fallback)
 
 

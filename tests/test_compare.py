@@ -2,6 +2,7 @@
 
 import io
 import json
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from flashmoe_train import cli, launch, recipe
 from flashmoe_train.compare import compare
+from flashmoe_train.errors import UsageError
 from flashmoe_train.schema import Recipe
 
 
@@ -22,15 +24,17 @@ def summary(losses: list[float], tokens_per_s: float, heldout: float | None = No
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, int, bool]]:
+def results() -> list[dict[str, Any]]:
+    """What runs end with: a seed checkpoint, stock, swapped."""
+    stock = [3.0, 2.5, 2.0, 1.5, 1.25, 1.125, 1.0]
+    swapped = [loss + (0.001 if i == 5 else 0) for i, loss in enumerate(stock)]
+    return [{}, summary(stock, 100, 1.5), summary(swapped, 150, 1.25)]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, results: list[dict[str, Any]]) -> list[tuple[Recipe, int, bool]]:
     """Runs that `compare` starts, which end at once."""
     runs: list[tuple[Recipe, int, bool]] = []
-    stock = [3.0, 2.5, 2.0, 1.5, 1.25, 1.125, 1.0]
-    results = [
-        {},
-        summary(stock, 100, 1.5),
-        summary([loss + (0.001 if i == 5 else 0) for i, loss in enumerate(stock)], 150, 1.25),
-    ]
 
     def train(given: Recipe, processes: int, *, allow_fallback: bool, show: bool) -> dict[str, Any]:
         runs.append((given, processes, allow_fallback))
@@ -54,7 +58,7 @@ def test_both_start_from_one_seed_checkpoint(started: list[tuple[Recipe, int, bo
     ]
     for run, _, _ in both:
         assert run.checkpoint.start_from == f"{seed.folder}/checkpoint/step-0"
-        assert run.torchtitan["checkpoint"] == {"load_only": True}
+        assert run.torchtitan["checkpoint"] == {"enable": True, "load_only": True}
     written = json.loads((tmp_path / "run/compare/compare.json").read_text())
     assert written["stock"]["tokens_per_s"] == 100 and written["flashmoe"]["heldout"] == 1.25
     assert (tmp_path / "run/compare/compare.png").read_bytes().startswith(b"\x89PNG")
@@ -62,12 +66,39 @@ def test_both_start_from_one_seed_checkpoint(started: list[tuple[Recipe, int, bo
         assert part in text.getvalue()
 
 
-def test_given_weights_are_where_both_start(started: list[tuple[Recipe, int, bool]], tmp_path: Path) -> None:
-    loaded = recipe.load("quickstart", [f"folder={tmp_path}/run", "checkpoint.start_from=somewhere"])
-    with pytest.raises(KeyError):  # the first answer is for a seed checkpoint
-        compare(loaded, 2, False, Console())
-    ((first, processes, _),) = started
-    assert (first.swap.attention, first.checkpoint.start_from, processes) == ("stock", "somewhere", 2)
+@pytest.mark.parametrize("key", ["checkpoint.start_from", "torchtitan.checkpoint.initial_load_path"])
+def test_given_weights_are_where_both_start(
+    key: str, started: list[tuple[Recipe, int, bool]], results: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/.metadata").touch()
+    del results[0]  # no seed checkpoint
+    compare(recipe.load("quickstart", [f"folder={tmp_path}/run", f"{key}={tmp_path}/weights"]), 2, False, Console())
+    assert [run.checkpoint.start_from for run, _, _ in started] == [f"{tmp_path}/weights"] * 2
+    assert [run.torchtitan["checkpoint"] for run, _, _ in started] == [{"enable": True, "load_only": True}] * 2
+
+
+def test_compares_what_the_recipe_swaps(started: list[tuple[Recipe, int, bool]], tmp_path: Path) -> None:
+    compare(recipe.load("quickstart", [f"folder={tmp_path}/run", "swap.moe=stock"]), 2, False, Console())
+    assert [(run.swap.attention, run.swap.moe) for run, _, _ in started[1:]] == [("stock",) * 2, ("flashmoe", "stock")]
+    with pytest.raises(UsageError, match="swaps nothing"):
+        compare(recipe.load("quickstart", ["swap.moe=stock", "swap.attention=stock"]), 2, False, Console())
+
+
+def test_what_could_not_be_trained_starts_nothing(started: list[tuple[Recipe, int, bool]], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be shared by 3"):
+        compare(recipe.load("quickstart", [f"folder={tmp_path}/run"]), 3, False, Console())
+    assert started == []
+
+
+@pytest.mark.parametrize("run, step", [(1, 6), (2, 1)])
+def test_a_loss_that_is_no_number_is_no_agreement(
+    run: int, step: int, started: object, results: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    results[run]["steps"][step]["loss"] = float("nan")
+    text = io.StringIO()
+    difference = compare(recipe.load("quickstart", [f"folder={tmp_path}/run"]), 2, False, Console(file=text))
+    assert isnan(difference) and f"nan, of logged step {step + 1} of 7" in text.getvalue()
 
 
 @pytest.mark.parametrize("tolerance, code", [("1e-2", 0), ("1e-4", 1)])

@@ -50,7 +50,7 @@ def test_broken_pairs_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("expert parallelism + selective op checkpointing is refused" in f.text for f in found("torchtitan"))
 
 
-def test_a_gpu_without_the_library_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_a_missing_library_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "CUDA_LIBRARY", doctor.CUDA_LIBRARY.with_name("nothing.so"))
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CUDACXX", raising=False)
@@ -60,9 +60,16 @@ def test_a_gpu_without_the_library_is_noted(monkeypatch: pytest.MonkeyPatch, tmp
     assert "reinstall flashmoe_train to build it" in found("CUDA library")[0].text
 
 
-def test_operators_without_kernels_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "capability, state, text",
+    [((8, 0), "note", "PyTorch's kernels: this"), ((9, 0), "problem", "`flashmoe train` asks for --allow-fallback")],
+)
+def test_operators_without_kernels(
+    capability: tuple[int, int], state: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     for operator in ("attention", "moe"):
         monkeypatch.setattr(f"flashmoe_train.ops.{operator}.has_kernel", lambda name, device: False)
     (attention,) = found("attention 128/128")
-    assert attention.state == "note" and "PyTorch's kernels: this installation has no compiled" in attention.text
+    assert attention.state == state and text in attention.text and "has no compiled attention" in attention.text

@@ -57,6 +57,12 @@ def test_broken_toml_names_the_place(tmp_path: Path) -> None:
         recipe.load(str(path))
 
 
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b"a = '\xe9'")
+    with pytest.raises(UsageError, match=r"latin.toml is not valid TOML: .*utf-8"):
+        recipe.load(str(tmp_path / "latin.toml"))
+
+
 def test_overrides() -> None:
     tables = {"training": {"steps": 1}, "model": {"name": "x"}}
     for override in (

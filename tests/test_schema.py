@@ -73,6 +73,20 @@ def test_names_the_mistake_in_a_recipe(tables: dict[str, Any], text: str) -> Non
         parse(Recipe, {"framework": "torchtitan"} | tables)
 
 
+@pytest.mark.parametrize(
+    "tables, text",
+    [
+        ({"training": {"validate_steps": 3}}, r"^\[training\] validate_steps needs \[data\] heldout"),
+        ({"data": {"heldout": {"path": "x"}}}, r"^\[data\] heldout needs a split"),
+        ({"training": {"learning_rate": float("inf")}}, r"^\[training\] learning_rate = inf: .*finite"),
+        ({"training": {"seed": 10**22}}, r"^\[training\] seed = 1"),
+    ],
+)
+def test_refuses_what_would_fail_later(tables: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        parse(Recipe, {"framework": "torchtitan"} | tables)
+
+
 def test_names_several_mistakes_at_once() -> None:
     with pytest.raises(UsageError) as error:
         parse(Recipe, {"framework": "torchtitan", "training": {"steps": 1.5, "seed": "x"}, "dta": {}})
@@ -105,6 +119,10 @@ def test_names_several_mistakes_at_once() -> None:
             {"moe": EXPERTS | {"n_group": 3, "topk_group": 1}},
             r"^\[model.moe\] n_group does not divide num_experts",
         ),
+        ({"moe": EXPERTS | {"n_group": 8, "topk_group": 3}}, r"^\[model.moe\] n_group leaves one expert to a group"),
+        ({"moe": EXPERTS | {"num_experts_per_tok": 3, "n_group": 4, "topk_group": 1}}, r"topk_group × 2 experts of a"),
+        ({"architecture": "qwen3_moe", "moe": EXPERTS, "head_dim": 7}, r"^\[model\] head_dim = 7: .*multiple of 2$"),
+        ({"rope_scaling": {"factor": 3}}, r"^\[model.rope_scaling\] rope_type is missing$"),
         ({"moe": EXPERTS | {"n_group": 2, "topk_group": 3}}, r"^\[model.moe\] topk_group is more than n_group \(2\)$"),
         (
             {"architecture": "deepseek_v3", "moe": EXPERTS, "mla": LATENT, "head_dim": 64},

@@ -1,7 +1,7 @@
 """One folder a framework: all that is known about it and its versions is there and nowhere else.
 
 What the commands need of one:
-- `runner.run(recipe, next_command, allow_fallback)` trains in this process of a torchrun job;
+- `runner.run(recipe, command, allow_fallback)` trains in this process of a torchrun job;
 - `explain.explain(recipe, processes)` says what a recipe comes to, without training;
 - `recipes.seed(recipe, folder)` and `recipes.starting_from(recipe, weights)` let runs start from the same weights.
 """

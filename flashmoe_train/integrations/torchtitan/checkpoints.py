@@ -12,7 +12,7 @@ A run resumes from the newest complete checkpoint in its folder. What TorchTitan
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Checkpoints(CheckpointManager):
         folder = Path(self.folder)
         if dist.get_rank() == 0 and folder.is_dir():
             for path in folder.glob("step-*"):
-                if not is_complete(path) and not is_huggingface(path):
+                if path.is_dir() and not is_complete(path) and not is_huggingface(path):
                     shutil.rmtree(path)
             if not any(folder.iterdir()):
                 folder.rmdir()  # or TorchTitan would not load the weights to start from
@@ -62,9 +62,8 @@ class Checkpoints(CheckpointManager):
         elif from_hf:
             self._load_huggingface(state_dict, checkpoint_id)
         elif not is_complete(Path(checkpoint_id)):
-            raise UsageError(
-                f"{checkpoint_id} is in Hugging Face's format: a run can start from it, but not go on with it"
-            )
+            found = "is in Hugging Face's format" if is_huggingface(Path(checkpoint_id)) else "is no checkpoint"
+            raise UsageError(f"{checkpoint_id} {found}: a run cannot go on with it")
         else:
             saved = FileSystemReader(checkpoint_id).read_metadata()
             if OPTIMIZER in state_dict and not any(name.startswith("optimizer.") for name in saved.state_dict_metadata):
@@ -73,6 +72,8 @@ class Checkpoints(CheckpointManager):
                     "checkpoints by [checkpoint] every, or checkpoint.last_save_model_only = false"
                 )
             self._check(checkpoint_id, self.states[MODEL].state_dict(), _model(saved))
+            if "dataloader" in state_dict:
+                self._check_readers(checkpoint_id, saved)
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
 
     def _load_huggingface(self, state_dict: dict[str, Any], folder: str) -> None:
@@ -92,12 +93,25 @@ class Checkpoints(CheckpointManager):
             item = saved.get(name)
             if isinstance(item, TensorStorageMetadata) and item.size != tensor.shape:
                 problems.append(f"{name} is {list(item.size)} there and {list(tensor.shape)} here")
-        names: list[Iterable[str]] = [()] * dist.get_world_size()
-        dist.all_gather_object(names, tuple(wanted))  # a stage of a pipeline has some of the layers
-        problems += [f"{name} is not in the model" for name in sorted(set(saved).difference(*names))]
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise UsageError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
+        # A stage of a pipeline has some of the layers; all processes have to come to the same end.
+        stages: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(stages, (tuple(wanted), problems))
+        names = set().union(*(stage_names for stage_names, _ in stages))
+        every = list(dict.fromkeys(problem for _, found in stages for problem in found))
+        every += [f"{name} is not in the model" for name in sorted(set(saved) - names)]
+        if every:
+            more = f" and {len(every) - 3} more" if len(every) > 3 else ""
+            raise UsageError(f"{path} does not fit the model: {'; '.join(every[:3])}{more}")
+
+    def _check_readers(self, path: str, saved: Metadata) -> None:
+        """Raises UsageError if other processes than these have read the data: where each was is in the checkpoint."""
+        readers = {name.split(".")[1] for name in saved.state_dict_metadata if name.startswith("dataloader.dp_rank_")}
+        now = self.states["dataloader"].dp_world_size
+        if len(readers) != now:
+            raise UsageError(
+                f"{path} was saved by {len(readers)} data-parallel processes, these are {now}: a run can start from "
+                "its weights ([checkpoint] start_from, in another folder), but not go on with it"
+            )
 
     def _with_whole_heads(self, weights: Mapping[str, Any]) -> dict[str, Any]:
         """Gathers the query and key projections whose heads are cut: TorchTitan's adapter reorders the rows of a head,
@@ -124,6 +138,8 @@ class Checkpoints(CheckpointManager):
 
     def export(self, folder: Path, files: Mapping[str, Any], tokenizer: Path) -> None:
         """Writes the weights as Hugging Face's safetensors into `folder`, with JSON `files` and the tokenizer's."""
+        assert self.sd_adapter is not None
+        self.sd_adapter.fqn_to_index_mapping = None  # of the tokenizer's model, which need not be this one
         weights = {name: tensor.to(self.export_dtype) for name, tensor in self.states[MODEL].state_dict().items()}
         self.dcp_save(self._with_whole_heads(weights), str(folder), AsyncMode.DISABLED, to_hf=True)
         if dist.get_rank() == 0:

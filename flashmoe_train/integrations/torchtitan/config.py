@@ -1,11 +1,10 @@
 """Our table in a TorchTitan job file: `[flashmoe]`."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from flashmoe_train.errors import UsageError
-
-Choice = Literal["flashmoe", "stock"]
+from flashmoe_train.schema import Choice
 
 
 @dataclass

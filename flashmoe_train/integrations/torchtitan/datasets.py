@@ -10,18 +10,18 @@ from flashmoe_train import data
 from flashmoe_train.errors import UsageError
 
 
-def register(name: str, source: str | dict[str, Any], text_column: str, processes: int) -> str:
-    """Adds what a recipe's `[data]` calls `source` to TorchTitan's data sets; returns its name there."""
+def register(name: str, source: str | dict[str, Any], text_column: str, replicas: int) -> str:
+    """Adds what a recipe's `[data]` calls `source` to TorchTitan's data sets, to be shared by that many data-parallel
+    processes; returns its name there."""
     if isinstance(source, str) and source in data.TORCH_SOURCES:
         return source
 
     def load(path: str) -> Any:
-        rows = data.open_source(source)
-        # TorchTitan would search for ever for a process' next row.
-        if len(list(rows.take(processes))) < processes:
-            raise UsageError(f"{source}: fewer rows than the {processes} processes that share them")
-        if rows.column_names is not None and text_column not in rows.column_names:
-            raise UsageError(f"{source} has no column {text_column!r}; [data] text_column may be: {rows.column_names}")
+        rows, first = data.open_source(source, replicas)
+        if len(first) < replicas:  # TorchTitan would search for ever for a process' next row
+            raise UsageError(f"{source}: fewer rows than the {replicas} processes that share them")
+        if text_column not in first[0]:
+            raise UsageError(f"{source} has no column {text_column!r}; [data] text_column may be: {list(first[0])}")
         return rows
 
     DATASETS[name] = DatasetConfig(str(source), load, _column(text_column))

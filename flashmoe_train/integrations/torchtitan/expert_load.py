@@ -5,25 +5,31 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+from torch.distributed import ProcessGroup, ReduceOp, all_gather_object, all_reduce, get_world_size
 from torch.distributed.tensor import DTensor
 from torchtitan.models.moe.moe import MoE
 
 
 class ExpertLoad:
-    """Sums the counts of the microbatches that it is shown. Nothing is read by the host before `take`."""
+    """Sums the counts of the microbatches that it is shown. Nothing is read by the host before `take`.
 
-    def __init__(self, model_parts: Sequence[nn.Module], group: ProcessGroup | None) -> None:
+    `group` are the processes with other tokens, `stages` those with other layers.
+    """
+
+    def __init__(
+        self, model_parts: Sequence[nn.Module], group: ProcessGroup | None, stages: ProcessGroup | None = None
+    ) -> None:
         modules = (item for part in model_parts for item in part.named_modules())
-        self.blocks = {name: module for name, module in modules if isinstance(module, MoE)}
-        self.group = group  # the processes with other tokens
+        self.blocks = {_plain(name): module for name, module in modules if isinstance(module, MoE)}
+        self.group = group
+        self.stages = stages
         self.tokens = 0
         self.counted: Tensor | None = None  # [layers, experts]
 
     def counts(self) -> Tensor:
         """Tokens that each expert of each layer has had since TorchTitan last reset its counts, `[layers, experts]`."""
         counts = (block.tokens_per_expert for block in self.blocks.values())
-        return torch.stack([c.full_tensor() if isinstance(c, DTensor) else c for c in counts])
+        return torch.stack([c.full_tensor() if isinstance(c, DTensor) else c for c in counts]).double()
 
     def add(self, before: Tensor, tokens: int) -> None:
         """A microbatch of so many tokens has run since `before`."""
@@ -37,18 +43,37 @@ class ExpertLoad:
         `expert_load/max_over_mean` is the busiest expert's load, of the layer where that is largest: 1 is even. A block
         that activation checkpointing runs twice counts its tokens twice.
         """
+        layers = [own := self._layers()]
+        if self.stages is not None:
+            layers = [{}] * get_world_size(self.stages)
+            all_gather_object(layers, own, self.stages)
+        found = {name: value for stage in layers for name, value in stage.items()}
+        if not found:
+            return {}
+        return {
+            "expert_load/max_over_mean": max(load for load, _ in found.values()),
+            "expert_load/dropped_rows": sum(dropped for _, dropped in found.values()),
+            **{f"expert_load/{name}": load for name, (load, _) in found.items()},
+        }
+
+    def _layers(self) -> dict[str, tuple[float, int]]:
+        """By layer of this process: the busiest expert's load over the mean, and dropped rows."""
         if self.counted is None:
             return {}
-        expected = torch.tensor(float(self.tokens), device=self.counted.device)
+        expected = torch.tensor(self.tokens, dtype=torch.double, device=self.counted.device)
         totals = torch.cat([self.counted.flatten(), expected[None]])
         if self.group is not None:
             all_reduce(totals, ReduceOp.SUM, self.group)
         counted, tokens = totals[:-1].view_as(self.counted).cpu(), totals[-1].item()
         self.counted, self.tokens = None, 0
-        load = counted.amax(1) / counted.mean(1)
-        dropped = 0
-        for rows, block in zip(counted.sum(1).tolist(), self.blocks.values(), strict=True):
-            wanted = tokens * block.router.top_k
-            dropped += round(max(1, round(rows / wanted)) * wanted - rows)
-        layers = {f"expert_load/{name}": value for name, value in zip(self.blocks, load.tolist(), strict=True)}
-        return {"expert_load/max_over_mean": load.max().item(), "expert_load/dropped_rows": dropped, **layers}
+        found = {}
+        for (name, block), counts in zip(self.blocks.items(), counted, strict=True):
+            wanted, rows = tokens * block.router.top_k, counts.sum().item()
+            dropped = round(max(1, round(rows / wanted)) * wanted - rows)
+            found[name] = ((counts.max() / counts.mean()).item(), dropped)
+        return found
+
+
+def _plain(name: str) -> str:
+    """Without what activation checkpointing and compilation wrap around a module."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

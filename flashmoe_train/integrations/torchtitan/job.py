@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,6 +13,7 @@ from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 
+from flashmoe_train import data
 from flashmoe_train.errors import UsageError, nearest
 from flashmoe_train.schema import key_name, lines, table_name
 
@@ -65,6 +67,9 @@ def check(config: JobConfig, world_size: int) -> None:
     `world_size` processes."""
     spec = _train_spec(config.model.name)
     known("[model] flavor", config.model.flavor, spec.model_args)
+    model_args = spec.model_args[config.model.flavor]
+    if not hasattr(model_args, "n_heads"):
+        raise UsageError(f"[model] name = {config.model.name!r} is not a language model")
     known("[training] dataset", config.training.dataset, DATASETS)
     if config.validation.enable:
         known("[validation] dataset", config.validation.dataset, DATASETS)
@@ -73,7 +78,9 @@ def check(config: JobConfig, world_size: int) -> None:
     if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("[metrics] enable_wandb: Weights & Biases is not installed: pip install wandb")
     _check_degrees(config, world_size)
-    _check_expert_parallelism(config, world_size, spec.model_args[config.model.flavor])
+    _check_expert_parallelism(config, world_size, model_args)
+    _check_numbers(config, world_size, model_args)
+    _check_paths(config)
 
 
 def _check_degrees(config: JobConfig, world_size: int) -> None:
@@ -100,6 +107,46 @@ def _check_degrees(config: JobConfig, world_size: int) -> None:
         product = " × ".join(f"{key} {degree}" for key, degree in fixed.items()) or "all degrees are 1"
         multiple = "a multiple of " if rest_shards else ""
         raise UsageError(f"[parallelism] {product}: needs {multiple}{needed} processes, found {world_size}")
+
+
+def _check_numbers(config: JobConfig, world_size: int, model_args: Any) -> None:
+    training, parallelism = config.training, config.parallelism
+    counts = {
+        "[training] steps": training.steps,
+        "[training] seq_len": training.seq_len,
+        "[training] local_batch_size": training.local_batch_size,
+        "[metrics] log_freq": config.metrics.log_freq,
+        "[validation] freq": config.validation.freq,
+        "[checkpoint] interval": config.checkpoint.interval,
+    }
+    for key, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{key} must be at least 1, found {count}")
+    known("[optimizer] name", config.optimizer.name, ("Adam", "AdamW"))
+    stages = parallelism.pipeline_parallel_degree
+    tensor = parallelism.tensor_parallel_degree
+    for heads in (model_args.n_heads, getattr(model_args, "n_kv_heads", None) or model_args.n_heads):
+        if heads % tensor:
+            raise UsageError(f"[parallelism] tensor_parallel_degree {tensor} does not divide the model's {heads} heads")
+    at_once = training.local_batch_size * (world_size // (stages * tensor * parallelism.context_parallel_degree))
+    if training.global_batch_size > 0 and training.global_batch_size % at_once:
+        raise UsageError(
+            f"[training] global_batch_size = {training.global_batch_size} must be a multiple of {at_once}, which is "
+            f"local_batch_size ({training.local_batch_size}) on all data-parallel processes"
+        )
+    pieces = training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
+    if stages > 1 and pieces < stages:
+        raise UsageError(
+            f"[parallelism] pipeline_parallel_degree {stages}: a process' batch of {training.local_batch_size} makes "
+            f"{pieces} pieces of {parallelism.pipeline_parallel_microbatch_size}, and every stage needs one"
+        )
+
+
+def _check_paths(config: JobConfig) -> None:
+    data.check_tokenizer("[model] hf_assets_path", config.model.hf_assets_path)
+    start = config.checkpoint.initial_load_path
+    if config.checkpoint.enable and start and not Path(start).is_dir():
+        raise UsageError(f"[checkpoint] initial_load_path = {start!r}: no such folder")
 
 
 def _check_expert_parallelism(config: JobConfig, world_size: int, model_args: Any) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from flashmoe_train import data
+from flashmoe_train import data, huggingface
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.torchtitan import checkpoints, datasets, job, models
 from flashmoe_train.recipe import with_swap
 from flashmoe_train.schema import Checkpoint, Parallel, Recipe
 
-# Shared keys whose value TorchTitan takes as it is; the others have their own lines in `tables`.
+# Shared keys whose value TorchTitan takes as it is; the others have their own lines in `job_of`.
 _SAME = {
     "training.steps": "training.steps",
     "training.seq_len": "training.seq_len",
@@ -50,6 +50,12 @@ class Job:
             raise UsageError(f"[{own}] {name} = {self.get(place)!r} contradicts {key}, which sets it to {value!r}")
         self._set(place, value, key)
 
+    def add(self, place: str, value: str) -> None:
+        """Adds one value to a list of the user's."""
+        given = self.get(place) or []
+        if value not in given:
+            self._set(place, [*given, value], _OURS)
+
     def default(self, place: str, value: Any) -> None:
         """Sets what nobody has said."""
         if self.get(place) is None:
@@ -74,10 +80,9 @@ def job_of(recipe: Recipe, processes: int) -> Job:
     result.say("job.custom_config_module", "flashmoe_train.integrations.torchtitan", _OURS)
     for part, choice in recipe.swap.model_dump(exclude={"dispatch"}).items():
         result.say(f"flashmoe.{part}", choice, f"[swap] {part}")
-    converters = [*(result.get("model.converters") or []), "flashmoe"]
-    result.tables.setdefault("model", {})["converters"] = list(dict.fromkeys(converters))
+    result.add("model.converters", "flashmoe")
     result.say("job.dump_folder", recipe.folder, "folder")
-    result.tables.setdefault("metrics", {})["enable_tensorboard"] = True
+    result.say("metrics.enable_tensorboard", True, _OURS)
     for key, place in _SAME.items():
         table, name = key.split(".")
         value = getattr(getattr(recipe, table), name)
@@ -87,7 +92,9 @@ def job_of(recipe: Recipe, processes: int) -> Job:
         result.default("activation_checkpoint.selective_ac_option", "op")
     if not torch.cuda.is_available():
         result.default("training.mixed_precision_param", "float32")
-    if recipe.model is not None:
+    if recipe.model is None:
+        _names_a_model(recipe, result)
+    else:
         exact = result.get("training.mixed_precision_param") == "float32"
         name, flavor = models.register(recipe.model, recipe.data is not None and recipe.data.document_masks, exact)
         result.say("model.name", name, "[model]")
@@ -99,8 +106,16 @@ def job_of(recipe: Recipe, processes: int) -> Job:
     return result
 
 
+def _names_a_model(recipe: Recipe, result: Job) -> None:
+    if result.get("model.name") is None:
+        raise UsageError("the recipe names no model: neither a config, nor [model], nor [torchtitan.model] name")
+    if recipe.data is not None and recipe.data.document_masks:
+        raise UsageError("[data] document_masks needs [model]; with [torchtitan.model] the flavor says which masks")
+
+
 def _choose_data(recipe: Recipe, result: Job, processes: int) -> None:
     chosen = recipe.data
+    replicas = _replicas(result, processes)
     if chosen is None or "tokenizer" not in chosen.model_fields_set:
         result.default("model.hf_assets_path", data.BYTE_TOKENIZER)
     else:
@@ -110,11 +125,11 @@ def _choose_data(recipe: Recipe, result: Job, processes: int) -> None:
         result.default("training.dataset", "torch_sources")
     else:
         data.check_source("[data] train", chosen.train)
-        name = datasets.register("recipe_train", chosen.train, chosen.text_column, processes)
+        name = datasets.register("recipe_train", chosen.train, chosen.text_column, replicas)
         result.say("training.dataset", name, "[data] train")
     if chosen is not None and chosen.heldout is not None:
         data.check_source("[data] heldout", chosen.heldout)
-        name = datasets.register("recipe_heldout", chosen.heldout, chosen.text_column, processes)
+        name = datasets.register("recipe_heldout", chosen.heldout, chosen.text_column, replicas)
         result.say("validation.dataset", name, "[data] heldout")
         result.say("validation.enable", True, "[data] heldout")
         for key in ("seq_len", "local_batch_size"):
@@ -127,22 +142,24 @@ def _keep_checkpoints(recipe: Recipe, result: Job) -> None:
     chosen = recipe.checkpoint
     if not chosen.model_fields_set:
         return
+    if chosen.export is not None and recipe.model is not None:
+        huggingface.check(recipe.model)
     result.say("checkpoint.enable", True, "[checkpoint]")
     for key, place in {"every": "interval", "keep": "keep_latest_k"}.items():
         if (value := getattr(chosen, key)) is not None:
             result.say(f"checkpoint.{place}", value, f"[checkpoint] {key}")
     if chosen.every is None:
         result.default("checkpoint.interval", 2**31)  # after the last step only
-    if chosen.asynchronous:
-        result.say("checkpoint.async_mode", "async", "[checkpoint] asynchronous")
+    if chosen.asynchronous is not None:
+        mode = "async" if chosen.asynchronous else "disabled"
+        result.say("checkpoint.async_mode", mode, "[checkpoint] asynchronous")
     result.default("checkpoint.last_save_model_only", False)  # or the run could not be made longer
     if chosen.start_from is not None:
         folder = Path(chosen.start_from)
         if not (checkpoints.is_complete(folder) or checkpoints.is_huggingface(folder)):
-            raise UsageError(
-                f"[checkpoint] start_from = {chosen.start_from!r}: a folder with neither a checkpoint (.metadata) nor "
-                "Hugging Face's *.safetensors"
-            )
+            found = "holds neither a checkpoint (.metadata) nor Hugging Face's *.safetensors"
+            why = found if folder.is_dir() else "no such folder"
+            raise UsageError(f"[checkpoint] start_from = {chosen.start_from!r}: {why}")
         result.say("checkpoint.initial_load_path", chosen.start_from, "[checkpoint] start_from")
         if checkpoints.is_huggingface(folder):
             result.say("checkpoint.initial_load_in_hf", True, "[checkpoint] start_from")
@@ -162,32 +179,54 @@ def _share_experts(recipe: Recipe, result: Job, processes: int) -> None:
 
 def _share_batch(recipe: Recipe, result: Job, processes: int) -> None:
     """A recipe says how many sequences a step has and how many of them a process may hold at once; TorchTitan wants to
-    know how many each process takes at once, and accumulates gradients over as many turns as that needs."""
+    know how many each process takes at once, and accumulates gradients over as many turns as that needs. Through a
+    pipeline a process' whole share goes in one turn, in pieces: at least as many as there are stages."""
     whole, most = recipe.training.global_batch_size, recipe.training.micro_batch_size
-    if whole is None:
-        if most is not None:
-            result.say("training.local_batch_size", most, "[training] micro_batch_size")
+    stages = _degree(result, "pipeline_parallel_degree")
+    if whole is None and most is None:
         return
-    pipeline = _degree(result, "pipeline_parallel_degree")
-    model_parallel = pipeline * _degree(result, "tensor_parallel_degree") * _degree(result, "context_parallel_degree")
-    replicas = max(1, processes // model_parallel)
-    if whole % replicas:
-        raise UsageError(
-            f"[training] global_batch_size = {whole} cannot be shared by {replicas} data-parallel processes: "
-            f"make it a multiple of {replicas}"
-        )
-    share = whole // replicas
-    micro = max(size for size in range(1, min(share, most or share) + 1) if share % size == 0)
-    result.say("training.global_batch_size", whole, "[training] global_batch_size")
-    if pipeline > 1:  # a process' whole share goes through the pipeline in one turn, in pieces
-        result.say("training.local_batch_size", share, "[training] global_batch_size")
-        result.say("parallelism.pipeline_parallel_microbatch_size", micro, "[training] micro_batch_size")
+    if whole is None:
+        share, micro, says = (most or 1) * stages, most or 1, "[training] micro_batch_size"
     else:
-        result.say("training.local_batch_size", micro, "[training] micro_batch_size")
+        replicas, says = _replicas(result, processes), "[training] global_batch_size"
+        if whole % replicas:
+            raise UsageError(
+                f"[training] global_batch_size = {whole} cannot be shared by {replicas} data-parallel processes: "
+                f"make it a multiple of {replicas}"
+            )
+        share = whole // replicas
+        sizes = [size for size in range(1, share + 1) if share % size == 0 and size <= (most or share)]
+        if stages > 1:
+            sizes = [size for size in sizes if share // size >= stages]
+            if not sizes:
+                raise UsageError(
+                    f"[training] global_batch_size = {whole}: the share of a data-parallel process, {share}, is less "
+                    f"than the {stages} stages of the pipeline"
+                )
+        micro = max(sizes)
+        result.say("training.global_batch_size", whole, says)
+    if stages > 1:
+        result.say("training.local_batch_size", share, says)
+        result.say("parallelism.pipeline_parallel_microbatch_size", micro, says)
+    else:
+        result.say("training.local_batch_size", micro, says)
+
+
+def _replicas(result: Job, processes: int) -> int:
+    """Processes that see different data."""
+    keys = ("pipeline_parallel_degree", "tensor_parallel_degree", "context_parallel_degree")
+    return max(1, processes // math.prod(_degree(result, key) for key in keys))
 
 
 def _degree(result: Job, key: str) -> int:
     return max(1, result.get(f"parallelism.{key}") or 1)
+
+
+def weights_of(recipe: Recipe) -> str | None:
+    """The weights that the recipe itself starts from."""
+    own = recipe.torchtitan.get("checkpoint", {})
+    assets = recipe.torchtitan.get("model", {}).get("hf_assets_path")
+    return recipe.checkpoint.start_from or own.get("initial_load_path") or (own.get("initial_load_in_hf") and assets)
 
 
 def seed(recipe: Recipe, folder: str) -> tuple[Recipe, str]:
@@ -205,5 +244,6 @@ def seed(recipe: Recipe, folder: str) -> tuple[Recipe, str]:
 def starting_from(recipe: Recipe, weights: str) -> Recipe:
     """The recipe, starting from those weights and saving none."""
     tables = copy.deepcopy(recipe.torchtitan)
-    tables["checkpoint"] = {"load_only": True}
+    own = {key: value for key, value in tables.get("checkpoint", {}).items() if not key.startswith("initial_load")}
+    tables["checkpoint"] = own | {"enable": True, "load_only": True}
     return recipe.model_copy(update={"checkpoint": Checkpoint(start_from=weights), "torchtitan": tables})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torchtitan.components.metrics import BaseLogger
+from torchtitan.components.metrics import BaseLogger, _get_metrics_rank
 from torchtitan.config import JobConfig
 from torchtitan.train import Trainer
 
@@ -22,8 +22,9 @@ from flashmoe_train.schema import Model, Recipe
 from flashmoe_train.swap import Report
 
 
-def run(recipe: Recipe, next_command: str, allow_fallback: bool) -> None:
-    """Trains the recipe in this process, one of those torchrun started. Console output comes from one process only."""
+def run(recipe: Recipe, command: str, allow_fallback: bool) -> None:
+    """Trains the recipe in this process, one of those torchrun started. Console output comes from one process only.
+    `command` is what the user typed, to suggest another."""
     early = _keep_log_lines()
     config = prepare(recipe, int(os.environ["WORLD_SIZE"]), allow_fallback)
     folder = Path(config.job.dump_folder)
@@ -38,7 +39,7 @@ def run(recipe: Recipe, next_command: str, allow_fallback: bool) -> None:
             trainer.train()
             if recipe.checkpoint.export == "huggingface":
                 trainer.export(recipe.model)
-            trainer.summarise(next_command)
+            trainer.summarise(command)
     finally:
         trainer.close()
         if dist.is_initialized():
@@ -53,7 +54,10 @@ def prepare(recipe: Recipe, world_size: int, allow_fallback: bool) -> JobConfig:
     if not allow_fallback:
         compat.check_kernels(converter.choices(config), config, job.model_args(tables))
     folder = Path(config.job.dump_folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder of the run, {folder}, cannot be made: {error}") from None
     if config.model.hf_assets_path == data.BYTE_TOKENIZER:
         config.model.hf_assets_path = str(data.write_byte_tokenizer(folder / "byte_tokenizer"))
     return config
@@ -70,7 +74,7 @@ def _keep_log_lines() -> MemoryHandler:
 
 
 def _log_to(path: Path, early: MemoryHandler) -> None:
-    handler = logging.FileHandler(path, mode="w")
+    handler = logging.FileHandler(path)  # after what earlier runs in this folder said
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     early.setTarget(handler)
     early.close()
@@ -89,11 +93,11 @@ class MonitoredTrainer(Trainer):
         self.checkpointer.__class__ = Checkpoints
         _check_vocabulary(self)
         dims = self.parallel_dims
-        self.expert_load = ExpertLoad(
-            self.model_parts, dims.get_mesh("loss").get_group() if dims.dp_cp_enabled else None
-        )
+        other_tokens = dims.get_mesh("loss").get_group() if dims.dp_cp_enabled else None
+        other_layers = dims.get_mesh("pp").get_group() if dims.pp_enabled else None
+        self.expert_load = ExpertLoad(self.model_parts, other_tokens, other_layers)
         metrics = self.metrics_processor
-        if type(metrics.logger) is not BaseLogger:  # TorchTitan gives the other processes the one that does nothing
+        if dist.get_rank() == _get_metrics_rank(dims, job_config):  # the one that knows the loss
             title = f"{job_config.model.name} on {dist.get_world_size()} × {self.device.type}"
             self.monitor = Monitor(title, Path(job_config.job.dump_folder), job_config.training.steps)
         metrics.logger = _Metrics(metrics.logger, self.expert_load, self.monitor)
@@ -103,7 +107,7 @@ class MonitoredTrainer(Trainer):
         before = self.expert_load.counts() if watched else None
         loss = super().forward_backward_step(**batch)
         if before is not None:
-            self.expert_load.add(before, batch["labels"].numel())
+            self.expert_load.add(before, batch["labels"].numel() // self.parallel_dims.cp)
         return loss
 
     def train(self) -> None:
@@ -123,7 +127,7 @@ class MonitoredTrainer(Trainer):
         folder = Path(config.job.dump_folder) / "huggingface"
         self.checkpointer.export(folder, files, Path(config.model.hf_assets_path))
 
-    def summarise(self, next_command: str) -> None:
+    def summarise(self, command: str) -> None:
         if self.monitor is None:
             return
         config = self.job_config
@@ -131,7 +135,7 @@ class MonitoredTrainer(Trainer):
             swaps=converter.FlashMoEConverter.last_report or Report(),
             tensorboard=Path(config.job.dump_folder) / config.metrics.save_tb_folder,
             unigram_entropy=data.unigram_entropy() if config.training.dataset == "torch_sources" else None,
-            next_command=next_command,
+            next_command=f"{command} training.steps={2 * config.training.steps}",
         )
 
     def close(self) -> None:

@@ -149,7 +149,7 @@ def _refuses(root: Path) -> None:
         "torchtitan.checkpoint.last_save_in_hf=true",
         "torchtitan.checkpoint.last_save_model_only=true",
     )
-    with pytest.raises(UsageError, match="step-6 is in Hugging Face's format: a run can start from it, but not go on"):
+    with pytest.raises(UsageError, match="step-6 is in Hugging Face's format: a run cannot go on with it"):
         train(root / "theirs", CHECKPOINTS, "training.steps=8", "torchtitan.checkpoint.load_step=6")
     assert list((root / "theirs/checkpoint/step-6").glob("*.safetensors"))
     assert list(train(root / "new", f"checkpoint.start_from={root}/alone/checkpoint/step-6")) == [1, 2, 3, 4, 5, 6]
@@ -157,6 +157,50 @@ def _refuses(root: Path) -> None:
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     processes.run(_refuses, tmp_path)
+
+
+def _refuses_alone(root: Path, processes_then: int) -> None:
+    with pytest.raises(UsageError, match=f"was saved by {processes_then} data-parallel processes, these are 1"):
+        train(root / "run", CHECKPOINTS, "training.steps=8")
+    train(root / "new", f"checkpoint.start_from={root}/run/checkpoint/step-6")
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    processes.run(train, tmp_path / "run", CHECKPOINTS)
+    processes.run(_refuses_alone, tmp_path, 2, processes=1)
+
+
+def _refuses_in_a_pipeline(root: Path) -> None:
+    start = f"checkpoint.start_from={root}/run/checkpoint/step-6"
+    with pytest.raises(UsageError, match=r"layers.2.* is not in it"):  # the second stage has it, both say so
+        train(root / "other", start, "parallel.pipeline=2", "model.num_hidden_layers=3", "parallel.expert=1")
+
+
+def test_stages_of_a_pipeline_refuse_together(tmp_path: Path) -> None:
+    processes.run(train, tmp_path / "run", CHECKPOINTS, processes=1)
+    processes.run(_refuses_in_a_pipeline, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, override, text",
+    [
+        (
+            "qwen3_moe_debug",
+            "model.moe.n_shared_experts=1",
+            "qwen3_moe with softmax scores has no .* n_shared_experts = 1",
+        ),
+        ("qwen3_moe_debug", "model.moe.scoring_func=sigmoid", "qwen3_moe with sigmoid scores has no .* scoring_func"),
+        (
+            "deepseek_v3_debug",
+            "model.moe.norm_topk_prob=true",
+            "deepseek_v3 with softmax scores has no .* norm_topk_prob",
+        ),
+    ],
+)
+def test_an_export_that_would_be_another_model_is_refused(name: str, override: str, text: str) -> None:
+    loaded = recipe.load(name, [override, "checkpoint.export=huggingface"])
+    with pytest.raises(UsageError, match=rf"\[checkpoint\] export: Transformers' {text}"):
+        recipes.job_of(loaded, 1)
 
 
 def test_a_start_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -207,6 +251,8 @@ def _equals_transformers(root: Path, name: str, overrides: tuple[str, ...]) -> N
         model.init_weights(torch.device("cpu"))  # what is no weight: rotary frequencies
     missing = model.load_state_dict(weights(root / "run/checkpoint/step-2"), strict=False)[0]
     assert not missing
+    if name == "qwen3_moe_debug":  # TorchTitan does not balance its experts, and the export has no bias
+        assert not any(layer.moe.expert_bias.any() for layer in model.layers.values())
     if model_type(root) == "deepseek_v2":  # Transformers' has no bias that balances the load
         for layer in model.layers.values():
             layer.moe.expert_bias.zero_()

@@ -84,3 +84,20 @@ def _in_each_process() -> None:
 
 def test_is_that_of_all_processes() -> None:
     processes.run(_in_each_process)
+
+
+def _of_a_stage() -> None:
+    layer = "ab"[dist.get_rank()]
+    layers = nn.ModuleDict({layer: blocks(swapped=True)[layer]})
+    load = ExpertLoad([layers], None, dist.group.WORLD)
+    steer(layers[layer], 0)
+    if layer == "a":
+        layers["a"].expert_bias = None
+    run(load, layers)
+    found = load.take()
+    assert set(found) == {f"expert_load/{name}" for name in ("a", "b", "max_over_mean", "dropped_rows")}
+    assert found["expert_load/max_over_mean"] == pytest.approx(EXPERTS / TOP_K)
+
+
+def test_is_that_of_all_stages_of_a_pipeline() -> None:
+    processes.run(_of_a_stage)

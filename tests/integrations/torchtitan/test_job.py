@@ -14,6 +14,7 @@ from .jobs import tables_of
 def config(*overrides: str, processes: int = 1):
     tables = tables_of("llama3", "debugmodel", Path("unused"))
     swap = tables.pop("flashmoe")
+    tables["model"]["hf_assets_path"] = "bytes"
     for override in overrides:
         recipe.apply(tables, override)
     job.check_tables(tables)
@@ -46,6 +47,13 @@ def test_accepts_a_job() -> None:
         ("checkpoint.create_seed_checkpoint=true", r"create_seed_checkpoint needs enable = true and one process"),
         ("metrics.enable_wandb=true", r"enable_wandb: Weights & Biases is not installed: pip install wandb"),
         ("model.name=llama33", r"\[model\] name = 'llama33' is not a model; did you mean 'llama3'\?"),
+        ("training.steps=0", r"\[training\] steps must be at least 1, found 0"),
+        ("metrics.log_freq=0", r"\[metrics\] log_freq must be at least 1, found 0"),
+        ("training.global_batch_size=7", r"global_batch_size = 7 must be a multiple of 4, which is local_batch_size"),
+        ("optimizer.name=foo", r"\[optimizer\] name = 'foo' does not exist; possible: Adam, AdamW"),
+        ("model.hf_assets_path=nowhere", r"\[model\] hf_assets_path = 'nowhere': no such folder"),
+        ("model.hf_assets_path=/", r"\[model\] hf_assets_path = '/': a folder without tokenizer.json"),
+        ("model.name=flux", r"\[model\] (name = 'flux' is not a|flavor = 'debugmodel' does not exist)"),
         ("model.flavor=debug", r"\[model\] flavor = 'debug' does not exist; did you mean 'debugmodel'\?"),
         ("training.dataset=foo", r"\[training\] dataset = 'foo' does not exist; possible: .*torch_sources"),
         ("parallelism.tensor_parallel_degree=2", r"tensor_parallel_degree 2: needs a multiple of 2 processes, found 1"),
@@ -55,6 +63,27 @@ def test_accepts_a_job() -> None:
 def test_names_the_mistake(override: str, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         config(override)
+
+
+@pytest.mark.parametrize(
+    "overrides, processes, text",
+    [
+        (["parallelism.tensor_parallel_degree=3"], 3, "tensor_parallel_degree 3 does not divide the model's 16 heads"),
+        (
+            ["parallelism.pipeline_parallel_degree=2", "parallelism.pipeline_parallel_microbatch_size=4"],
+            2,
+            "pipeline_parallel_degree 2: a process' batch of 4 makes 1 pieces of 4, and every stage needs one",
+        ),
+        (
+            ["checkpoint.enable=true", "checkpoint.initial_load_path=nowhere"],
+            1,
+            r"\[checkpoint\] initial_load_path = 'nowhere': no such folder",
+        ),
+    ],
+)
+def test_numbers_and_paths_must_fit(overrides: list[str], processes: int, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        config(*overrides, processes=processes)
 
 
 def test_names_the_table_as_the_file_does() -> None:

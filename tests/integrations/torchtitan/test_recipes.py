@@ -12,6 +12,7 @@ from flashmoe_train import recipe
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.torchtitan import job, recipes
 from flashmoe_train.integrations.torchtitan.datasets import DATASETS
+from flashmoe_train.integrations.torchtitan.explain import explain
 
 
 def job_of(*overrides: str, processes: int = 1, name: str = "quickstart") -> recipes.Job:
@@ -98,6 +99,34 @@ def test_contradictions_and_mistakes_are_named(override: str, text: str) -> None
         job_of(override)
 
 
+@pytest.mark.parametrize(
+    "recipe_text, text",
+    [
+        ("", "names no model: neither a config, nor"),
+        ("[torchtitan.model]\nname = 'llama3'\n[data]\ndocument_masks = true", "document_masks needs"),
+        (
+            "config = 'llama3_debug'\n[torchtitan.metrics]\nenable_tensorboard = false",
+            "enable_tensorboard = False contradicts",
+        ),
+    ],
+)
+def test_keys_without_effect_are_refused(recipe_text: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f'framework = "torchtitan"\n{recipe_text}')
+    with pytest.raises(UsageError, match=text):
+        job_of(name=str(path))
+
+
+@pytest.mark.parametrize("name, processes", [("deepseek_v3_16b_4gpu", 4), ("two_nodes/deepseek_v3_16b_16gpu", 16)])
+def test_large_recipes_fit_their_processes(name: str, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        "importlib.metadata.version", lambda package: "2.11.0" if package == "torch" else version(package)
+    )
+    found = explain(recipe.load(name), processes)
+    assert "experts over" in found.processes and sum(row[3] for row in found.swaps.summary()) == 27 + 2 * 26 + 1
+
+
 def test_the_same_value_twice_is_no_contradiction() -> None:
     assert job_of("torchtitan.training.steps=80").get("training.steps") == 80
 
@@ -121,6 +150,7 @@ def test_auto_needs_experts() -> None:
         (12, 4, 2, {}, 3, None),  # of a share of 6 no more than 4: turns of 3
         (8, 4, 4, {"tensor": 2}, 4, None),
         (8, 2, 2, {"pipeline": 2}, 8, 2),
+        (8, 8, 2, {"pipeline": 2}, 8, 4),  # every stage needs a piece
     ],
 )
 def test_the_batch_is_the_recipes_whatever_the_processes(
@@ -133,6 +163,15 @@ def test_the_batch_is_the_recipes_whatever_the_processes(
     assert found.get("training.global_batch_size") == batch
     assert found.get("training.local_batch_size") == local
     assert found.get("parallelism.pipeline_parallel_microbatch_size") == pieces
+
+
+def test_without_a_global_batch_the_micro_batch_is_a_piece(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('framework = "torchtitan"\nconfig = "llama3_debug"\n[training]\nmicro_batch_size = 3')
+    assert job_of(name=str(path)).get("training.local_batch_size") == 3
+    found = job_of("parallel.pipeline=2", name=str(path), processes=2)
+    assert found.get("training.local_batch_size") == 6
+    assert found.get("parallelism.pipeline_parallel_microbatch_size") == 3
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
