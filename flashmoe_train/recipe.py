@@ -113,6 +113,9 @@ def _of_job_file(tables: dict[str, Any], path: Path) -> dict[str, Any]:
         raise UsageError(
             f'{path} says no framework = "torchtitan", and has no tables [job] and [model] as a job file of TorchTitan'
         )
+    for key, theirs in {"swap": "[flashmoe]", "folder": "[job] dump_folder"}.items():
+        if key in tables:
+            raise UsageError(f"{path} is a job file of TorchTitan: what recipes call {key} is {theirs} there")
     recipe = {"framework": "torchtitan", "torchtitan": tables}
     if "flashmoe" in tables:
         recipe["swap"] = parse(Swap, tables.pop("flashmoe"), "flashmoe").model_dump()

@@ -30,7 +30,8 @@ def train(recipe: str, overrides: list[str], allow_fallback: bool) -> None:
     if "WORLD_SIZE" not in os.environ:
         raise UsageError("this program is started by torchrun; `flashmoe train` does that for you")
     runner = integrations.part(loaded.framework, "runner")
-    command = shlex.join([command_name(), "train", recipe, *overrides])
+    kept = [override for override in overrides if not override.startswith("training.steps=")]  # it suggests another
+    command = shlex.join([command_name(), "train", recipe, *kept])
     runner.run(loaded, command, allow_fallback)
 
 

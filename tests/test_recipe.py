@@ -121,6 +121,9 @@ def test_job_files_are_recipes(tmp_path: Path) -> None:
     assert loaded.torchtitan["training"] == {"steps": 5}
     with pytest.raises(UsageError, match=r"unknown key \[flashmoe\] moes; did you mean 'moe'"):
         recipe.load(str(path), ["flashmoe.moes=stock"])
+    for override, text in (("swap.moe=stock", r"swap is \[flashmoe\]"), ("folder=x", r"folder is \[job\] dump_folder")):
+        with pytest.raises(UsageError, match=text):
+            recipe.load(str(path), [override])
 
 
 def test_what_is_neither_is_refused(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def test_trains_and_reports(tmp_path: Path) -> None:
         "next",
     ):
         assert text in result.stdout
+    suggested = result.stdout.replace("\n", " ").split("next ")[1]
+    assert "training.steps=8" in suggested and "training.steps=4" not in suggested
 
 
 @pytest.mark.parametrize(
