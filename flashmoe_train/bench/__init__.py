@@ -38,9 +38,9 @@ class Options:
     device: str | None = None
 
     def command(self) -> str:
-        """What to type to get the same numbers."""
+        """What to type to get the same numbers; where they went is the machine's own."""
         words = ["flashmoe", "bench", self.subject]
-        for name in ("cases", "json", "device"):
+        for name in ("cases", "device"):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name}", str(value)]
         return shlex.join(words)

@@ -57,7 +57,7 @@ def check_results(path: Path, command: str) -> Results:
 def test_tiny_cases(subject: str, baselines: dict[str, set[str]], tmp_path: Path) -> None:
     result = bench(subject, "--device", "cpu", "--json", str(tmp_path), "--plot", str(tmp_path))
     assert result.exit_code == 0, result.output
-    command = f"flashmoe bench {subject} --json {tmp_path} --device cpu"
+    command = f"flashmoe bench {subject} --device cpu"
     assert {path.stem for path in tmp_path.glob("*.json")} == set(baselines)
     for name, wanted in baselines.items():
         results = check_results(tmp_path / f"{name}.json", command)
