@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from flashmoe_train import integrations, launch
 from flashmoe_train import recipe as recipes
+from flashmoe_train.monitor import new_console
 from flashmoe_train.train import AllowFallback, Overrides, Recipe, usage_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -49,7 +49,7 @@ def explain(
     with usage_errors():
         loaded = recipes.load(recipe, overrides or [])
         framework = integrations.part(loaded.framework, "explain")
-        framework.explain(loaded, processes or launch.default_processes(), everything).print(console())
+        framework.explain(loaded, processes or launch.default_processes(), everything).print(new_console())
 
 
 @app.command()
@@ -68,7 +68,7 @@ def compare(
     with usage_errors():
         loaded = recipes.load(recipe, overrides or [])
         try:
-            difference = compare(loaded, processes or launch.default_processes(), allow_fallback, console())
+            difference = compare(loaded, processes or launch.default_processes(), allow_fallback, new_console())
         except launch.RunError as error:
             sys.exit(f"error: {error}")
     if tolerance is not None and not difference <= tolerance:
@@ -80,7 +80,7 @@ def doctor() -> None:
     """Says what this machine has and what runs on it; ends with 1 if `flashmoe train` cannot."""
     from flashmoe_train.doctor import report
 
-    raise SystemExit(0 if report(console()) else 1)
+    raise SystemExit(0 if report(new_console()) else 1)
 
 
 @app.command()
@@ -112,13 +112,6 @@ def bench(
     with usage_errors():
         code = run(Options(subject, cases, json, plot, against, tolerance, device))
     raise SystemExit(code)
-
-
-def console() -> Console:
-    found = Console()
-    if not found.is_terminal:
-        found.width = 120
-    return found
 
 
 def main() -> None:

@@ -37,6 +37,14 @@ class History:
     heldout: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
 
 
+def new_console() -> Console:
+    """The screen, or a file that is as wide as our tables."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    return console
+
+
 class Monitor:
     """Follows one run of `total_steps` steps that writes to `folder`."""
 
@@ -44,9 +52,7 @@ class Monitor:
         self.folder = folder
         self.total_steps = total_steps
         self.history = History()
-        self.console = console or Console()
-        if not self.console.is_terminal:
-            self.console.width = 120
+        self.console = console or new_console()
         columns = (
             TextColumn(title),
             BarColumn(),

@@ -3,6 +3,7 @@
 What the commands need of one:
 - `runner.run(recipe, command, allow_fallback)` trains in this process of a torchrun job;
 - `explain.explain(recipe, processes)` says what a recipe comes to, without training;
+- `recipes.weights_of(recipe)` are those that it starts from itself, or None;
 - `recipes.seed(recipe, folder)` and `recipes.starting_from(recipe, weights)` let runs start from the same weights.
 """
 

@@ -55,9 +55,14 @@ def _supported(choices: FlashMoE, config: Any, model_args: Any) -> list[tuple[st
     if choices.attention == "flashmoe":
         case = attention.AttentionCase(device, dtype, *_head_dims(model_args))
         found.append(("attention", attention.supports(case)))
-    if choices.moe == "flashmoe" and hasattr(model_args, "moe_args") and getattr(model_args, "moe_enabled", True):
+    if choices.moe == "flashmoe" and experts_of(model_args) is not None:
         found.append(("moe", moe.supports(moe.MoECase(device, dtype))))
     return found
+
+
+def experts_of(model_args: Any) -> Any:
+    """The sizes of a model's experts; None for dense models, of which qwen3's have sizes too, but switched off."""
+    return getattr(model_args, "moe_args", None) if getattr(model_args, "moe_enabled", True) else None
 
 
 def _head_dims(model_args: Any) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 
 from flashmoe_train import data
 from flashmoe_train.errors import UsageError, nearest
+from flashmoe_train.integrations.torchtitan import compat
 from flashmoe_train.schema import key_name, lines, table_name
 
 
@@ -154,8 +155,8 @@ def _check_expert_parallelism(config: JobConfig, world_size: int, model_args: An
     degree = parallelism.expert_parallel_degree
     if degree == 1:
         return
-    moe = getattr(model_args, "moe_args", None)
-    if moe is None or not getattr(model_args, "moe_enabled", True):
+    moe = compat.experts_of(model_args)
+    if moe is None:
         raise UsageError(f"[parallelism] expert_parallel_degree {degree}: {config.model.flavor} has no experts")
     if moe.num_experts % degree != 0:
         raise UsageError(f"[parallelism] expert_parallel_degree {degree} does not divide the {moe.num_experts} experts")

@@ -9,7 +9,7 @@ import torch
 
 from flashmoe_train import data, huggingface
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import checkpoints, datasets, job, models
+from flashmoe_train.integrations.torchtitan import checkpoints, compat, datasets, job, models
 from flashmoe_train.recipe import with_swap
 from flashmoe_train.schema import Checkpoint, Parallel, Recipe
 
@@ -168,7 +168,7 @@ def _keep_checkpoints(recipe: Recipe, result: Job) -> None:
 def _share_experts(recipe: Recipe, result: Job, processes: int) -> None:
     degree = recipe.parallel.expert
     if degree == "auto":
-        moe = getattr(job.model_args(result.tables), "moe_args", None)
+        moe = compat.experts_of(job.model_args(result.tables))
         if moe is None:
             raise UsageError("[parallel] expert: this model has no experts")
         outer = _degree(result, "pipeline_parallel_degree") * _degree(result, "data_parallel_replicate_degree")
@@ -195,15 +195,13 @@ def _share_batch(recipe: Recipe, result: Job, processes: int) -> None:
                 f"make it a multiple of {replicas}"
             )
         share = whole // replicas
-        sizes = [size for size in range(1, share + 1) if share % size == 0 and size <= (most or share)]
-        if stages > 1:
-            sizes = [size for size in sizes if share // size >= stages]
-            if not sizes:
-                raise UsageError(
-                    f"[training] global_batch_size = {whole}: the share of a data-parallel process, {share}, is less "
-                    f"than the {stages} stages of the pipeline"
-                )
-        micro = max(sizes)
+        if share < stages:
+            raise UsageError(
+                f"[training] global_batch_size = {whole}: the share of a data-parallel process, {share}, is less than "
+                f"the {stages} stages of the pipeline"
+            )
+        most = min(most or share, share // stages)
+        micro = max(size for size in range(1, most + 1) if share % size == 0)
         result.say("training.global_batch_size", whole, says)
     if stages > 1:
         result.say("training.local_batch_size", share, says)
