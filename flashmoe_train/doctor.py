@@ -16,7 +16,7 @@ from rich.table import Table
 
 from flashmoe_train import versions
 from flashmoe_train.ops import attention, moe
-from flashmoe_train.ops.library import COMPILED, CUDA_LIBRARY
+from flashmoe_train.ops.library import COMPILED, CUDA_LIBRARY, runs
 
 State = Literal["ok", "note", "problem"]
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # q and k, v
@@ -98,15 +98,14 @@ def _frameworks() -> Iterator[Finding]:
 
 def _operators() -> Iterator[Finding]:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    runs = "compiled kernels" if device == "cuda" else "reference kernels"
     cases = {
         f"attention {d}/{v}": attention.supports(attention.AttentionCase(device, dtype, d, v)) for d, v in HEAD_DIMS
     }
     cases["mixture of experts"] = moe.supports(moe.MoECase(device, dtype))
     for operator, reason in cases.items():
         if reason is None:
-            yield Finding("ok", operator, f"{runs}, {str(dtype).removeprefix('torch.')}")
+            yield Finding("ok", operator, f"{runs(None, device)}, {str(dtype).removeprefix('torch.')}")
         elif device == "cuda" and torch.cuda.get_device_capability()[0] == 9:
             yield Finding("problem", operator, f"{reason}: on this GPU `flashmoe train` asks for --allow-fallback")
         else:
-            yield Finding("note", operator, f"PyTorch's kernels: {reason}")
+            yield Finding("note", operator, runs(reason, device))

@@ -55,6 +55,13 @@ def differentiable_once(op: str) -> None:
     torch.library.register_autograd(f"flashmoe::{op}", refuse, lib=LIBRARY)
 
 
+def runs(unsupported: str | None, device_type: str) -> str:
+    """What our public functions run for a case, by what its `supports` says."""
+    if unsupported is not None:
+        return f"PyTorch's kernels: {unsupported}"
+    return "compiled kernels" if device_type == "cuda" else "reference kernels"
+
+
 @torch.compiler.assume_constant_result
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether `flashmoe::op` has an implementation for tensors on `device_type` ("cpu", "cuda", ...)."""

@@ -13,6 +13,7 @@ from flashmoe_train import versions
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.torchtitan.config import FlashMoE
 from flashmoe_train.ops import attention, moe
+from flashmoe_train.ops.library import runs
 
 
 def check_installed() -> None:
@@ -41,15 +42,15 @@ def check_kernels(choices: FlashMoE, config: Any, model_args: Any) -> None:
 
 def operators(choices: FlashMoE, config: Any, model_args: Any) -> list[tuple[str, str]]:
     """Each swapped operator, and what runs it for this job on this machine."""
-    whole = "compiled kernels" if torch.cuda.is_available() else "reference kernels"
-    return [
-        (name, whole if why is None else f"PyTorch's kernels: {why}")
-        for name, why in _supported(choices, config, model_args)
-    ]
+    return [(name, runs(why, _device())) for name, why in _supported(choices, config, model_args)]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _supported(choices: FlashMoE, config: Any, model_args: Any) -> list[tuple[str, str | None]]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     dtype = getattr(torch, config.training.mixed_precision_param)
     found = []
     if choices.attention == "flashmoe":

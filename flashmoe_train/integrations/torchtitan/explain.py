@@ -22,9 +22,7 @@ def explain(recipe: Recipe, processes: int, everything: bool = False) -> Explana
     `everything` lists TorchTitan's own defaults too. Raises UsageError for what could not be trained.
     """
     logging.getLogger().setLevel(logging.ERROR)  # TorchTitan warns of what is filled in later
-    resolved = recipes.job_of(recipe, processes)
-    config = job.parse(resolved.tables)
-    job.check(config, processes)
+    resolved, config = recipes.resolve(recipe, processes)
     dims = _parallel_dims(config, processes)
     model_args = job.model_args(resolved.tables)
     model_args.update_from_config(config)

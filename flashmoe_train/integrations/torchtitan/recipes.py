@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchtitan.config import JobConfig
 
 from flashmoe_train import data, huggingface
 from flashmoe_train.errors import UsageError
@@ -104,6 +105,14 @@ def job_of(recipe: Recipe, processes: int) -> Job:
     _choose_data(recipe, result, processes)
     _keep_checkpoints(recipe, result)
     return result
+
+
+def resolve(recipe: Recipe, processes: int) -> tuple[Job, JobConfig]:
+    """The job of a recipe, and TorchTitan's configuration of it with every value checked."""
+    resolved = job_of(recipe, processes)
+    config = job.parse(resolved.tables)
+    job.check(config, processes)
+    return resolved, config
 
 
 def _names_a_model(recipe: Recipe, result: Job) -> None:

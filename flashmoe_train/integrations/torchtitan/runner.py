@@ -48,11 +48,9 @@ def run(recipe: Recipe, command: str, allow_fallback: bool) -> None:
 
 def prepare(recipe: Recipe, world_size: int, allow_fallback: bool) -> JobConfig:
     """TorchTitan's configuration of the recipe, checked, and the folder of the run with what it needs in it."""
-    tables = recipes.job_of(recipe, world_size).tables
-    config = job.parse(tables)
-    job.check(config, world_size)
+    resolved, config = recipes.resolve(recipe, world_size)
     if not allow_fallback:
-        compat.check_kernels(converter.choices(config), config, job.model_args(tables))
+        compat.check_kernels(converter.choices(config), config, job.model_args(resolved.tables))
     folder = Path(config.job.dump_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
