@@ -1,11 +1,15 @@
 """Fast attention and mixture-of-experts operators for training on Hopper GPUs.
 
-`flashmoe_train.attention` and `flashmoe_train.moe` are functions over tensors, backed by `torch.ops.flashmoe.*`.
+`flashmoe_train.attention` and `flashmoe_train.moe` are functions over tensors, backed by `torch.ops.flashmoe.*`;
+`flashmoe_train.nn` has modules over them, and `flashmoe_train.swap` puts them into a model that exists already.
 `flashmoe_train.integrations` swaps them into the models of training frameworks; the `flashmoe` command trains.
 """
 
+from flashmoe_train import nn
+from flashmoe_train.integrations import pytorch as _pytorch  # noqa: F401  (registers its swaps)
 from flashmoe_train.ops.attention import attention
 from flashmoe_train.ops.moe import moe
+from flashmoe_train.swap import swap
 
 __version__ = "0.1.0"
-__all__ = ["attention", "moe"]
+__all__ = ["attention", "moe", "nn", "swap"]

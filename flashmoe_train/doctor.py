@@ -14,12 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashmoe_train import versions
-from flashmoe_train.ops import attention, moe
+from flashmoe_train import support, versions
 from flashmoe_train.ops.library import COMPILED, CUDA_LIBRARY, runs
 
 State = Literal["ok", "note", "problem"]
-HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # q and k, v
 
 
 class Finding(NamedTuple):
@@ -98,11 +96,7 @@ def _frameworks() -> Iterator[Finding]:
 
 def _operators() -> Iterator[Finding]:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    cases = {
-        f"attention {d}/{v}": attention.supports(attention.AttentionCase(device, dtype, d, v)) for d, v in HEAD_DIMS
-    }
-    cases["mixture of experts"] = moe.supports(moe.MoECase(device, dtype))
-    for operator, reason in cases.items():
+    for operator, reason in support.reasons(device, dtype).items():
         if reason is None:
             yield Finding("ok", operator, f"{runs(None, device)}, {str(dtype).removeprefix('torch.')}")
         elif device == "cuda" and torch.cuda.get_device_capability()[0] == 9:

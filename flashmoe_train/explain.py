@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashmoe_train.monitor import swap_table
 from flashmoe_train.swap import Report
 
 
@@ -42,6 +41,4 @@ class Explanation:
         for key, value, said_by in self.settings:
             table.add_row(key, escape(str(value)), escape(said_by))
         console.print(table)
-        table = swap_table(self.swaps)
-        table.title = "What would be swapped"
-        console.print(table)
+        console.print(self.swaps.table("What would be swapped"))

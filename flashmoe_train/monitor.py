@@ -93,7 +93,7 @@ class Monitor:
         curve = self._draw(unigram_entropy)
         summary = self._write_summary(swaps, tokens_per_s, unigram_entropy)
 
-        self.console.print(swap_table(swaps))
+        self.console.print(swaps.table())
         facts = Table.grid(padding=(0, 2))
         facts.add_row("loss", f"{first.loss:.3f} → {last.loss:.3f} nats per token over {last.step} steps")
         if self.history.heldout:
@@ -149,14 +149,3 @@ class Monitor:
         path = self.folder / "loss.png"
         figure.savefig(path, dpi=120)
         return path
-
-
-def swap_table(swaps: Report) -> Table:
-    table = Table(title="What was swapped", title_justify="left")
-    for heading in ("module", "from", "to", "how many"):
-        table.add_column(heading, overflow="fold")
-    for modules, found, became, count in swaps.summary():
-        table.add_row(modules, found, became, str(count))
-    if not swaps.rows:
-        table.add_row("nothing", "", "", "0")
-    return table

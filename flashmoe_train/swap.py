@@ -2,14 +2,21 @@
 
 A swap keeps the module object and changes its class to a subclass that computes the same function with our operators:
 parameters, their names, shapes, initialisation and hooks are untouched, so checkpoints are the same with and without.
+
+    report = flashmoe_train.swap(model)     # every class that is registered
+    print(report)
+    report.revert()
 """
 
+import io
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from flashmoe_train.errors import UsageError
@@ -39,7 +46,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Report:
-    """What `swap_modules` did."""
+    """What `swap_modules` did; printed as a table."""
 
     rows: list[Row] = field(default_factory=list)
     _swapped: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
@@ -51,6 +58,21 @@ class Report:
             for row in self.rows
         )
         return [(*key, n) for key, n in counts.items()]
+
+    def table(self, title: str = "What was swapped") -> Table:
+        table = Table(title=title, title_justify="left")
+        for heading in ("module", "from", "to", "how many"):
+            table.add_column(heading, overflow="fold")
+        for modules, found, became, count in self.summary():
+            table.add_row(modules, found, became, str(count))
+        if not self.rows:
+            table.add_row("nothing", "", "", "0")
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=120).print(self.table())
+        return text.getvalue()
 
     def __iadd__(self, other: "Report") -> "Report":
         self.rows += other.rows
@@ -64,8 +86,8 @@ class Report:
             module.__class__ = original
 
 
-def swap_modules(model: nn.Module, swaps: Sequence[Swap], *, optional: bool = False) -> Report:
-    """Applies `swaps` to every module of `model`, in place.
+def swap_modules(model: nn.Module, swaps: Sequence[Swap], *, optional: bool = False, dry_run: bool = False) -> Report:
+    """Applies `swaps` to every module of `model`, in place; a `dry_run` only reports what it would do.
 
     Raises UsageError if not a single module could be swapped: who asks for a swap must not train without it. A model
     that has no such modules at all, nor modules of classes derived from them, is accepted if the swap is `optional`.
@@ -82,13 +104,50 @@ def swap_modules(model: nn.Module, swaps: Sequence[Swap], *, optional: bool = Fa
             continue
         reason = swap.why_not(module)
         if reason is None and swap.replacement is not None:
-            report._swapped.append((module, type(module)))
-            module.__class__ = swap.replacement
+            if not dry_run:
+                report._swapped.append((module, type(module)))
+                module.__class__ = swap.replacement
             report.rows.append(Row(name, swap.target.__name__, swap.replacement.__name__, ""))
         else:
             report.rows.append(Row(name, swap.target.__name__, None, reason or "no replacement"))
-    if not report._swapped and (report.rows or not optional):
+    if all(row.became is None for row in report.rows) and (report.rows or not optional):
         looked_for = ", ".join(sorted(target.__name__ for target in by_target))
         left = "; ".join(sorted({f"{row.found}: {row.reason}" for row in report.rows}))
         raise UsageError(f"nothing was swapped in {type(model).__name__}: {left or f'it has no {looked_for}'}")
     return report
+
+
+Replacement = TypeVar("Replacement", bound=type[nn.Module])
+
+
+class _Registered:
+    """`flashmoe_train.swap`: applies the swaps that are registered."""
+
+    def __init__(self) -> None:
+        self._swaps: dict[type[nn.Module], Swap] = {}
+
+    def __call__(self, model: nn.Module, *, dry_run: bool = False) -> Report:
+        """Gives every module of `model` whose class is registered the class that replaces it, in place.
+
+        Call it before FSDP, `torch.compile` or anything else that wraps modules. A `dry_run` changes nothing. Returns
+        what was swapped to what, and what was left alone and why; `print` shows it, `revert()` undoes it.
+        Raises UsageError if nothing could be swapped.
+        """
+        return swap_modules(model, list(self._swaps.values()), dry_run=dry_run)
+
+    def register(
+        self, target: type[nn.Module], why_not: Callable[[nn.Module], str | None] = lambda module: None
+    ) -> Callable[[Replacement], Replacement]:
+        """Decorates a subclass of `target` that takes its place; `why_not` gives a reason to leave a module alone.
+
+        Raises TypeError if the class is no subclass: then names and shapes of its parameters could differ.
+        """
+
+        def decorate(replacement: Replacement) -> Replacement:
+            self._swaps[target] = Swap(target, replacement, why_not)
+            return replacement
+
+        return decorate
+
+
+swap = _Registered()

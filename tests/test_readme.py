@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import BaseModel
 
 from flashmoe_train import recipe
@@ -14,13 +15,42 @@ from flashmoe_train.schema import Checkpoint, Data, Parallel, Recipe, Swap, Trai
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RECIPES = (ROOT / "docs/recipes.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+PYTHON = [
+    (path.name, text)
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for text in re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+]
 TOML = re.findall(r"```toml\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("example", PYTHON)
-def test_python_example_runs(example: str) -> None:
-    exec(compile(example, "README.md", "exec"), {})
+@pytest.mark.parametrize("page, example", PYTHON, ids=[page for page, _ in PYTHON])
+def test_python_example_runs(page: str, example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    exec(compile(example, page, "exec"), {"__name__": "example"})
+    losses = [float(x) for x in re.findall(r"step \d+: ([\d.]+) nats", capsys.readouterr().out)]
+    assert ("optimizer" in example) == bool(losses)  # the one that trains says what it learnt
+    assert not losses or losses[-1] < losses[0] - 2.5
+
+
+def test_pages_are_linked() -> None:
+    """Every page can be reached from the README, and no link leads nowhere."""
+    reached, todo = set(), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.S)
+        for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)", prose):
+            path = (page.parent / target).resolve() if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+                anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in anchors, f"{page.name}: {target}#{anchor}"
+            if path.suffix == ".md":
+                todo.append(path)
+    assert reached >= set((ROOT / "docs").rglob("*.md"))
 
 
 @pytest.mark.parametrize("example", [text for text in TOML if "framework" in text])
@@ -30,7 +60,7 @@ def test_recipe_example_is_one(example: str, tmp_path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert PYTHON and len(TOML) >= 2 and all(tomllib.loads(text) for text in TOML)
+    assert len(PYTHON) >= 3 and len(TOML) >= 2 and all(tomllib.loads(text) for text in TOML)
 
 
 @pytest.mark.parametrize("table", [Recipe, Swap, Data, Training, Parallel, Checkpoint])

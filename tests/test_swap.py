@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import flashmoe_train
 from flashmoe_train.errors import UsageError
 from flashmoe_train.swap import Row, Swap, swap_modules
 
@@ -91,3 +92,33 @@ def test_reports_add_up() -> None:
 def test_replacement_must_be_a_subclass() -> None:
     with pytest.raises(TypeError, match="ReLU must be a subclass of Linear"):
         Swap(nn.Linear, nn.ReLU)
+
+
+def test_dry_run_changes_nothing() -> None:
+    net = model()
+    report = swap_modules(net, [Swap(nn.Linear, Doubled, wide)], dry_run=True)
+    assert [row.became for row in report.rows] == ["Doubled", "Doubled", None]
+    assert not any(type(m) is Doubled for m in net.modules())
+    report.revert()
+
+
+def test_a_class_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(nn.Linear):
+        pass
+
+    monkeypatch.setattr(flashmoe_train.swap, "_swaps", {})
+
+    @flashmoe_train.swap.register(Mine, wide)
+    class Faster(Mine):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(Mine(4, 4), Mine(4, 8), nn.Linear(8, 8))
+    report = flashmoe_train.swap(net)
+    assert [type(m) for m in net] == [Faster, Mine, nn.Linear]
+    for part in ("What was swapped", "Mine", "Faster", "left alone: too wide"):
+        assert part in str(report)
+    report.revert()
+    assert [type(m) for m in net] == [Mine, Mine, nn.Linear]
+    with pytest.raises(TypeError, match="ReLU must be a subclass of Mine"):
+        flashmoe_train.swap.register(Mine)(nn.ReLU)

@@ -32,6 +32,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What modules hand to the operators for an `x`: autocast's dtype where it is on, since operators do not cast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def segments(name: str, bounds: torch.Tensor, rows: int) -> list[tuple[int, int]]:
     """(begin, end) of each segment that `bounds` `[segments + 1]` cuts `rows` rows into. Reads values: for references.
 
@@ -63,7 +69,10 @@ def runs(unsupported: str | None, device_type: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def has_kernel(op: str, device_type: str) -> bool:
-    """Whether `flashmoe::op` has an implementation for tensors on `device_type` ("cpu", "cuda", ...)."""
+def has_kernel(op: str, device_type: str, complete: bool = False) -> bool:
+    """Whether `flashmoe::op` has an implementation for tensors on `device_type` ("cpu", "cuda", ...): here, or in a
+    `complete` installation, which has the CUDA library."""
+    if complete and device_type == "cuda":
+        return op in COMPILED
     key = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"flashmoe::{op}", key)

@@ -16,6 +16,7 @@ from torchtitan.models.attention import (
 
 from flashmoe_train.integrations.torchtitan.documents import DocumentMask, with_document_masks
 from flashmoe_train.ops.attention import attention
+from flashmoe_train.ops.library import compute_dtype
 from flashmoe_train.swap import Swap
 
 
@@ -76,11 +77,7 @@ def _within_documents(q: Tensor, k: Tensor, v: Tensor, documents: VarlenMetadata
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """SDPA casts under autocast; so do we, since rotary embeddings may leave q and k wider than v."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) for x in tensors)
+    return tuple(x.to(compute_dtype(x)) for x in tensors)
 
 
 def swaps(model: nn.Module) -> list[Swap]:

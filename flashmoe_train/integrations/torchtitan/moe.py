@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtitan.models.moe.moe import GroupedExperts, MoE
 
+from flashmoe_train.ops.library import compute_dtype
 from flashmoe_train.ops.moe import moe, moe_combine, moe_permute, moe_rows
 from flashmoe_train.ops.moe.rows import inverse
 from flashmoe_train.swap import Swap
@@ -26,7 +27,7 @@ class FlashMoEExperts(GroupedExperts):
         Without weights x holds rows `[R, D]` sorted by expert and `routing` how many each expert has, `[E]`: stock's
         signature, which the hooks of TorchTitan's expert and tensor parallelism on this module expect.
         """
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         w1, w2, w3 = (_local(w).to(dtype) for w in (self.w1, self.w2, self.w3))
         if weights is not None:
             return moe(x.to(dtype), w1, w2, w3, routing, weights).type_as(x)
@@ -67,12 +68,6 @@ class FlashMoEBlock(MoE):
 
 def _local(w: Tensor) -> Tensor:
     return w.to_local() if isinstance(w, DTensor) else w
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's where it is on; FSDP's mixed precision has cast x and the weights already."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def swaps(model: nn.Module) -> list[Swap]:

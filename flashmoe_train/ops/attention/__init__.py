@@ -99,10 +99,13 @@ class AttentionCase(NamedTuple):
         return cls(q.device.type, q.dtype, q.shape[-1], v.shape[-1])
 
 
-def supports(case: AttentionCase) -> str | None:
-    """None if `torch.ops.flashmoe.attention_*` can run the case, else the reason why not."""
+def supports(case: AttentionCase, *, complete: bool = False) -> str | None:
+    """None if `torch.ops.flashmoe.attention_*` can run the case, else the reason why not.
+
+    Of this installation, or of a `complete` one, which has the CUDA library.
+    """
     if case.device_type in ("cpu", "meta"):
         return None
-    if not has_kernel("attention_forward", case.device_type):
+    if not has_kernel("attention_forward", case.device_type, complete):
         return f"this installation has no compiled attention kernel for device type {case.device_type!r}"
     return None

@@ -117,10 +117,13 @@ class MoECase(NamedTuple):
         return cls(x.device.type, x.dtype)
 
 
-def supports(case: MoECase) -> str | None:
-    """None if `torch.ops.flashmoe.moe_*` can run the case, else the reason why not."""
+def supports(case: MoECase, *, complete: bool = False) -> str | None:
+    """None if `torch.ops.flashmoe.moe_*` can run the case, else the reason why not.
+
+    Of this installation, or of a `complete` one, which has the CUDA library.
+    """
     if case.device_type in ("cpu", "meta"):
         return None
-    if not has_kernel("moe_forward", case.device_type):
+    if not has_kernel("moe_forward", case.device_type, complete):
         return f"this installation has no compiled mixture-of-experts kernel for device type {case.device_type!r}"
     return None

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmoe_train.bench.documents import documents
 from flashmoe_train.bench.results import FLOORS, OURS, Row, here
+from flashmoe_train.documents import documents
 
 SHOWN = list(documents())
 
 
 @pytest.mark.parametrize("path, wanted", SHOWN, ids=[path.name for path, _ in SHOWN])
 def test_tables_are_up_to_date(path: Path, wanted: str) -> None:
-    assert path.read_text() == wanted, "run python -m flashmoe_train.bench.documents"
+    assert path.read_text() == wanted, "run python -m flashmoe_train.documents"
 
 
 def test_table_of_the_cases_that_match(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_table_of_the_cases_that_match(tmp_path: Path) -> None:
         ms = {OURS: ours, "gather": 0.008, FLOORS[1]: 0.001}
         results.rows.append(Row(case={"op": label}, label=label, ms=ms, gb_per_s=dict.fromkeys(ms, 100.0)))
     results.write(tmp_path / "docs/results/gpu/moe_parts.json")
-    marked = "<!-- results: gpu/moe_parts moe_combine * -->\n{}<!-- end of results -->\nafter\n"
+    marked = "<!-- results: gpu/moe_parts moe_combine * -->\n{}<!-- end of table -->\nafter\n"
     (tmp_path / "README.md").write_text(marked.format("old numbers\n"))
     (tmp_path / "docs/page.md").write_text("no table\n")
     ((path, text),) = documents(tmp_path)

@@ -1,0 +1,68 @@
+"""Writes tables into Markdown, so that none is typed: `python -m flashmoe_train.documents`.
+
+In README.md and docs/ one of these marks begins what `<!-- end of table -->` ends:
+
+    <!-- results: h200/moe_parts moe_combine * -->      a file of docs/results, then a pattern of case labels
+    <!-- support -->                                    what runs each operator where
+    <!-- schemas -->                                    the operators' signatures
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+
+from flashmoe_train import support
+from flashmoe_train.bench import by_name, report
+from flashmoe_train.bench.results import OURS, read
+
+ROOT = Path(__file__).parents[1]
+_BLOCK = re.compile(r"(<!-- (?:results: (\S+) (.+?)|support|schemas) -->\n).*?(<!-- end of table -->)", re.S)
+
+
+def documents(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
+    """Every document that shows such a table, with what it should say."""
+    for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
+        text = path.read_text()
+        if _BLOCK.search(text):
+            yield path, _BLOCK.sub(lambda found: found[1] + _content(root, found) + found[4], text)
+
+
+def _content(root: Path, found: re.Match[str]) -> str:
+    if found[2] is not None:
+        return _results(root, found[2], found[3])
+    if "schemas" in found[1]:
+        return "".join(f"- `{schema}`\n" for schema in _schemas())
+    heading, *lines = support.table()
+    return _lines([heading, ["---"] * len(heading), *lines])
+
+
+def _schemas() -> list[str]:
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("flashmoe::"))
+    return sorted(str(getattr(torch.ops.flashmoe, name.split("::")[1]).default._schema) for name in names)
+
+
+def _lines(table: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in table)
+
+
+def _results(root: Path, name: str, pattern: str) -> str:
+    """The cases whose labels match, then where and how they were measured. Implementations that ran in none are left
+    out."""
+    results = read(root / "docs/results" / f"{name}.json")
+    bench = by_name()[results.bench]
+    rows = [row for row in results.rows if fnmatchcase(row.label, pattern)]
+    heading, *lines = report.grid(bench, rows)
+    shown = [i for i in range(len(heading)) if heading[i] == OURS or any(line[i] != report.NOTHING for line in lines)]
+    table = [[line[i] for i in shown] for line in (heading, ["---"] + ["--:"] * (len(heading) - 1), *lines)]
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items() if name != "flashmoe_train")
+    note = f"{report.unit(bench)}; {results.gpu}, {versions}; commit {results.commit}: `{results.command}`"
+    return f"{_lines(table)}\n{note}\n"
+
+
+if __name__ == "__main__":
+    for path, text in documents():
+        path.write_text(text)
+        print(path.relative_to(ROOT))

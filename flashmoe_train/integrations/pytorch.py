@@ -1,0 +1,78 @@
+"""PyTorch's own modules, for `flashmoe_train.swap`: `torch.nn.MultiheadAttention`.
+
+Inside `torch.nn.TransformerEncoderLayer` and `TransformerDecoderLayer` too, while they train: without gradients, in
+`eval()`, the encoder layer runs a kernel of PyTorch that reads the weights itself.
+
+Shape legend: B batch, S queries, T keys, E embedding dim, H heads, D = E / H.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashmoe_train.ops.attention import attention
+from flashmoe_train.swap import swap
+
+
+def _why_not(module: nn.Module) -> str | None:
+    assert isinstance(module, nn.MultiheadAttention)
+    if module.dropout:
+        return f"its attention dropout is {module.dropout}, and our operator has none"
+    if module.bias_k is not None or module.add_zero_attn:
+        return "add_bias_kv and add_zero_attn add keys that have no position"
+    return None
+
+
+@swap.register(nn.MultiheadAttention, _why_not)
+class FlashMoEMultiheadAttention(nn.MultiheadAttention):
+    """Full and causal attention by `flashmoe_train.attention`; calls that it cannot express go to PyTorch, with a
+    warning that says why: those that ask for the weights (`need_weights`, PyTorch's default!) and other masks."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `torch.nn.MultiheadAttention.forward`; `is_causal` says that `attn_mask` is the causal mask."""
+        batched, batch = query.dim() == 3, 0 if self.batch_first else 1  # batch: which dimension it is, or would be
+        reason = None
+        if query.is_nested:
+            reason = "nested tensors have no shape"
+        elif need_weights:
+            reason = "need_weights=True asks for the attention weights, which it never holds"
+        elif key_padding_mask is not None:
+            reason = "key_padding_mask is no band"
+        elif attn_mask is not None and not is_causal:
+            reason = "attn_mask may be any mask; is_causal=True says that it is the causal one"
+        elif is_causal and query.shape[batched * (1 - batch)] != key.shape[batched * (1 - batch)]:
+            reason = "is_causal with as many queries as keys alone means the same to both"
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                warnings.warn(f"MultiheadAttention is computed by PyTorch: {reason}", stacklevel=2)
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        q, k, v = self._project(query, key, value)
+        q, k, v = (x if batched else x.unsqueeze(batch) for x in (q, k, v))
+        q, k, v = (x.transpose(0, batch).unflatten(2, (self.num_heads, self.head_dim)) for x in (q, k, v))
+        out = attention(q, k, v, causal=is_causal).flatten(2).transpose(0, batch)  # inside: [B, S, H, D]
+        return self.out_proj(out if batched else out.squeeze(batch)), None
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        weights: tuple[Tensor, ...]
+        if not self._qkv_same_embed_dim:  # keys and values have dims of their own
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        elif query is key is value:
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        else:
+            weights = self.in_proj_weight.chunk(3)
+        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))

@@ -1,0 +1,50 @@
+"""What runs the operators where, as their `supports()` say it: for `flashmoe doctor` and docs/operators.md."""
+
+from collections.abc import Iterator
+
+import torch
+
+from flashmoe_train.ops import attention, moe
+from flashmoe_train.ops.library import COMPILED
+
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # q and k, v
+_DEVICES = {
+    "CPU": ("cpu", (torch.float32, torch.bfloat16)),
+    "GPU, bfloat16 or float16": ("cuda", (torch.bfloat16, torch.float16)),
+    "GPU, float32": ("cuda", (torch.float32,)),
+}
+_STEPS = ("router_topk", "route_plan", "moe_permute", "moe_combine")  # without a case that could be refused
+
+
+def reasons(device_type: str, dtype: torch.dtype, *, complete: bool = False) -> dict[str, str | None]:
+    """For each public function and case: None if our operator runs it, else why PyTorch's kernels do.
+
+    Speaks of this installation, or of a `complete` one, which has the CUDA library.
+    """
+    found = {
+        f"attention {d}/{v}": attention.supports(attention.AttentionCase(device_type, dtype, d, v), complete=complete)
+        for d, v in HEAD_DIMS
+    }
+    found["mixture of experts"] = moe.supports(moe.MoECase(device_type, dtype), complete=complete)
+    return found
+
+
+def table() -> Iterator[tuple[str, ...]]:
+    """Heading, then a line an operator and case: what a complete installation runs on which device."""
+    yield ("", *_DEVICES)
+    columns: list[dict[str, str]] = []
+    for device, dtypes in _DEVICES.values():
+        column = {}
+        for case in reasons(device, dtypes[0]):
+            answers = {_word(reasons(device, dtype, complete=True)[case], device) for dtype in dtypes}
+            column[case] = " or ".join(sorted(answers))
+        column |= {op: "kernel" if device == "cuda" and op in COMPILED else "reference" for op in _STEPS}
+        columns.append(column)
+    for case in columns[0]:
+        yield (f"`{case}`" if case in _STEPS else case, *(column[case] for column in columns))
+
+
+def _word(reason: str | None, device_type: str) -> str:
+    if reason is not None:
+        return "fallback"
+    return "kernel" if device_type == "cuda" else "reference"

@@ -1,0 +1,120 @@
+"""`flashmoe_train.swap` on models of PyTorch's own modules: the same outputs and gradients, and no silent fallback."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flashmoe_train
+from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.pytorch import FlashMoEMultiheadAttention
+
+LENGTH, DIM = 7, 24
+
+
+def both(module: nn.MultiheadAttention, *inputs: Tensor, **options: object) -> list[list[Tensor]]:
+    """Output and gradients, stock and swapped; the swapped one must not fall back."""
+    results = []
+    for expected in (nn.MultiheadAttention, FlashMoEMultiheadAttention):
+        assert type(module) is expected
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out, weights = module(*inputs, need_weights=False, **options)
+        assert weights is None
+        leaves = [*dict.fromkeys(inputs), *module.parameters()]
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        if expected is nn.MultiheadAttention:
+            flashmoe_train.swap(module)
+    return results
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("shape", ["self", "cross", "unbatched", "own dims"])
+def test_full_attention(shape: str, batch_first: bool) -> None:
+    torch.manual_seed(0)
+    dims = {"kdim": 10, "vdim": 6} if shape == "own dims" else {}
+    module = nn.MultiheadAttention(DIM, 4, bias=shape != "cross", batch_first=batch_first, **dims)
+
+    def tokens(length: int, dim: int = DIM) -> Tensor:
+        sizes = [(2, length, dim), (length, 2, dim)][not batch_first] if shape != "unbatched" else (length, dim)
+        return torch.randn(sizes, requires_grad=True)
+
+    q = tokens(LENGTH)
+    k, v = {
+        "self": (q, q),
+        "cross": (tokens(9), tokens(9)),
+        "unbatched": (tokens(5), tokens(5)),
+        "own dims": (tokens(9, 10), tokens(9, 6)),
+    }[shape]
+    for stock, ours in zip(*both(module, q, k, v), strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+
+
+def test_causal_attention() -> None:
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(DIM, 2, batch_first=True)
+    q, k, v = (torch.randn(2, LENGTH, DIM, requires_grad=True) for _ in range(3))
+    mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
+    for stock, ours in zip(*both(module, q, k, v, attn_mask=mask, is_causal=True), strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({}, "need_weights=True asks for the attention weights"),
+        ({"need_weights": False, "key_padding_mask": torch.arange(9)[None] > 6}, "key_padding_mask is no band"),
+        ({"need_weights": False, "attn_mask": torch.eye(LENGTH, 9) > 0}, "attn_mask may be any mask"),
+        (
+            {"need_weights": False, "attn_mask": torch.ones(LENGTH, 9).triu(1) > 0, "is_causal": True},
+            "as many queries as keys",
+        ),
+    ],
+)
+def test_what_it_cannot_express_goes_to_pytorch(options: dict, reason: str) -> None:
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(DIM, 2, batch_first=True)
+    q, k = torch.randn(1, LENGTH, DIM), torch.randn(1, 9, DIM)
+    wanted = module(q, k, k, **options)
+    flashmoe_train.swap(module)
+    with pytest.warns(UserWarning, match=f"computed by PyTorch: .*{reason}"):
+        torch.testing.assert_close(module(q, k, k, **options), wanted)
+
+
+def test_transformer_encoder_trains_the_same() -> None:
+    """Weights after three steps, in a stack of PyTorch's own layers."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(DIM, 2, 48, dropout=0.0, batch_first=True)
+    stock, swapped = nn.TransformerEncoder(layer, 2), nn.TransformerEncoder(layer, 2)
+    swapped.load_state_dict(stock.state_dict())
+    report = flashmoe_train.swap(swapped)
+    assert report.summary() == [("layers.*.self_attn", "MultiheadAttention", "FlashMoEMultiheadAttention", 2)]
+    assert "layers.*.self_attn" in str(report)
+    mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
+    for model in (stock, swapped):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            model(torch.randn(2, LENGTH, DIM), mask=mask, is_causal=True).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, want in stock.state_dict().items():
+        torch.testing.assert_close(swapped.state_dict()[name], want, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options, reason", [({"dropout": 0.1}, "attention dropout is 0.1"), ({"add_zero_attn": True}, "add_zero_attn")]
+)
+def test_what_our_operator_lacks_is_left_alone(options: dict, reason: str) -> None:
+    with pytest.raises(UsageError, match=f"nothing was swapped in MultiheadAttention: .*{reason}"):
+        flashmoe_train.swap(nn.MultiheadAttention(DIM, 2, **options))
+
+
+def test_compiles_whole() -> None:
+    torch.manual_seed(0)
+    module, x = nn.MultiheadAttention(DIM, 2, batch_first=True), torch.randn(2, LENGTH, DIM)
+    wanted = module(x, x, x, need_weights=False)[0]
+    flashmoe_train.swap(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, x, x, need_weights=False)[0], wanted, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,192 @@
+"""The modules: parameters and projections around the operators, compared with what PyTorch computes."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from flashmoe_train.nn import Attention, MoE, Router
+
+from . import processes
+
+
+def plain_attention(module: Attention, x: Tensor) -> Tensor:
+    """The same by complex numbers, repeated heads and a dense mask."""
+    batch, length, _ = x.shape
+    dim = module.head_dim
+
+    def heads(w: nn.Linear) -> Tensor:
+        return (x @ w.weight.T).view(batch, length, -1, dim).transpose(1, 2)
+
+    def turned(y: Tensor) -> Tensor:
+        if module.rope_theta is None:
+            return y.double()
+        position = torch.arange(length, dtype=torch.float64)
+        frequency = module.rope_theta ** (-torch.arange(dim // 2, dtype=torch.float64) * 2 / dim)
+        turn = torch.polar(torch.ones(length, dim // 2, dtype=torch.float64), position[:, None] * frequency)
+        z = torch.complex(*y.double().chunk(2, -1)) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    q, k, v = turned(heads(module.wq)), turned(heads(module.wk)), heads(module.wv).double()
+    k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    left, right = (math.inf if side is None else side for side in module.window)
+    seen = (i - j <= left) & (j - i <= (0 if module.causal else right))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return out.transpose(1, 2).flatten(2) @ module.wo.weight.T.double()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kv_heads": 2},
+        {"kv_heads": 1, "head_dim": 24, "window": (3, None)},
+        {"causal": False, "window": (2, 1), "rope_theta": None},
+    ],
+)
+def test_attention(options: dict) -> None:
+    torch.manual_seed(0)
+    module, x = Attention(32, 4, **options), torch.randn(2, 11, 32)
+    torch.testing.assert_close(module(x).double(), plain_attention(module, x), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_within_documents() -> None:
+    torch.manual_seed(0)
+    module, x = Attention(32, 4, 2), torch.randn(1, 12, 32)
+    out = module(x, torch.tensor([0, 5, 5, 12], dtype=torch.int32))
+    torch.testing.assert_close(out, torch.cat([module(x[:, :5]), module(x[:, 5:])], 1))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"heads": 4, "kv_heads": 3}, "heads must be a multiple of kv_heads, found heads = 4, kv_heads = 3"),
+        ({"heads": 5}, "dim must be a multiple of heads, or head_dim be given, found 32 and 5"),
+        ({"heads": 4, "head_dim": 7}, "head_dim must be even for rotary positions, found 7"),
+    ],
+)
+def test_attention_refuses(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Attention(32, **arguments)
+
+
+def plain_moe(module: MoE, x: Tensor) -> Tensor:
+    """Every token by every expert, then the chosen ones."""
+    logits = x @ module.router.weight.T
+    weights, ids = logits.softmax(-1).topk(module.router.top_k)
+    hidden = F.silu(torch.einsum("...d,end->...en", x, module.w1)) * torch.einsum("...d,end->...en", x, module.w3)
+    every = torch.einsum("...en,edn->...ed", hidden, module.w2)
+    chosen = every.gather(-2, ids[..., None].expand(*ids.shape, x.shape[-1]))
+    return (weights[..., None] * chosen).sum(-2)
+
+
+@pytest.mark.parametrize("score_mode", ["combine", "activation"])
+def test_moe(score_mode: str) -> None:
+    torch.manual_seed(0)
+    module, x = MoE(16, 24, experts=6, top_k=2, score_mode=score_mode), torch.randn(2, 9, 16, requires_grad=True)
+    dout = torch.randn(2, 9, 16)
+    leaves = [x, *module.parameters()]
+    out, wanted = module(x), plain_moe(module, x)
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+    for got, want in zip(
+        torch.autograd.grad(out, leaves, dout), torch.autograd.grad(wanted, leaves, dout), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_router_balances() -> None:
+    torch.manual_seed(0)
+    router, tokens = Router(8, 4, 1, balance=True), torch.randn(256, 8) + torch.randn(8)
+    spread = []
+    for _ in range(100):
+        counts = router(tokens).counts.sum(0).float()
+        spread.append(float(counts.max() / counts.mean()))
+        router.update_bias(0.02)
+        assert router.tokens_per_expert is not None and not router.tokens_per_expert.any()
+    assert spread[0] > 1.8 and spread[-1] < 1.25
+    router.eval()(tokens)
+    assert not router.tokens_per_expert.any()
+    assert set(router.state_dict()) == {"weight", "bias"}
+
+
+def test_router_without_balance() -> None:
+    router = Router(8, 4, 2, score_function="sigmoid", renormalize=True)
+    torch.testing.assert_close(router(torch.randn(5, 8)).weights.sum(1), torch.ones(5))
+    assert set(router.state_dict()) == {"weight"}
+    with pytest.raises(ValueError, match="update_bias needs a router with balance=True"):
+        router.update_bias()
+
+
+def test_router_is_exact_in_bfloat16() -> None:
+    """bfloat16 scores would tie where float32 ones do not, and 256 experts would be chosen by their order."""
+    torch.manual_seed(0)
+    router, tokens = Router(64, 256, 8, dtype=torch.bfloat16), torch.randn(128, 64, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights, ids, *_ = router(tokens)
+    wanted = (tokens.double() @ router.weight.double().T).softmax(-1).topk(8)
+    torch.testing.assert_close(weights.double(), wanted.values, rtol=1e-5, atol=1e-7)
+    assert torch.equal(ids.long(), wanted.indices)
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.attention, self.moe = Attention(dim, 4, 2), MoE(dim, 24, experts=6, top_k=2, balance=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.moe(x)
+
+
+def gradients(block: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
+    block.zero_grad()
+    run(x).square().mean().backward()
+    return {name: p.grad.clone() for name, p in block.named_parameters() if p.grad is not None}
+
+
+def test_checkpointing_compile_and_autocast() -> None:
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(2, 16, 32)
+    wanted = gradients(block, block, x)
+    assert len(wanted) == 8
+
+    def same(got: dict[str, Tensor], tolerance: float) -> None:
+        for name, want in wanted.items():
+            scale = float(want.abs().max())
+            torch.testing.assert_close(got[name] / scale, want / scale, rtol=0, atol=tolerance, msg=name)
+
+    same(gradients(block, lambda y: checkpoint(block, y, use_reentrant=False), x), 1e-6)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    same(gradients(block, compiled, x), 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        same(gradients(block, block, x), 0.1)
+
+
+def fsdp_process() -> None:
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(4, 16, 32)
+    router = block.moe.router
+    wanted = gradients(block, block, x)
+    router.update_bias(0.1)
+    bias = router.bias.clone()
+    router.bias.zero_()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (block.attention, block.moe, block):
+        fully_shard(part, mesh=mesh)
+    got = gradients(block, block, x.chunk(mesh.size())[mesh.get_rank()])
+    for name, want in wanted.items():
+        torch.testing.assert_close(got[name].full_tensor(), want, rtol=1e-4, atol=1e-6)
+    router.update_bias(0.1)
+    assert torch.equal(router.bias, bias)  # the load of all processes, not of one
+
+
+def test_fsdp() -> None:
+    processes.run(fsdp_process)
