@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,21 @@ def resolve(recipe: Recipe, processes: int) -> tuple[Job, JobConfig]:
     """The job of a recipe, and TorchTitan's configuration of it with every value checked."""
     resolved = job_of(recipe, processes)
     config = job.parse(resolved.tables)
-    job.check(config, processes)
+    try:
+        job.check(config, processes)
+    except UsageError as error:
+        raise UsageError(f"{error}{_in_words_of_the_recipe(str(error), resolved)}") from None
     return resolved, config
+
+
+def _in_words_of_the_recipe(message: str, resolved: Job) -> str:
+    """Which of the recipe's keys said what a message calls by TorchTitan's names."""
+    named = {
+        key
+        for place, key in resolved.said_by.items()
+        if key.startswith("[") and re.search(r"\[{}\][^\[]*\b{}\b".format(*place.split(".")), message)
+    }
+    return f" (said by {', '.join(sorted(named))})" if named else ""
 
 
 def _names_a_model(recipe: Recipe, result: Job) -> None:

@@ -100,6 +100,23 @@ def test_contradictions_and_mistakes_are_named(override: str, text: str) -> None
 
 
 @pytest.mark.parametrize(
+    "overrides, text",
+    [
+        (["parallel.tensor=3"], r"\[parallelism\] tensor_parallel_degree 3: .* \(said by \[parallel\] tensor\)"),
+        (
+            ["parallel.replicate=2", "parallel.pipeline=2", "training.global_batch_size=10"],
+            r"needs a multiple of 4 processes, found 2 \(said by \[parallel\] pipeline, \[parallel\] replicate\)",
+        ),
+        (["torchtitan.metrics.log_freq=0"], r"\[metrics\] log_freq must be at least 1, found 0$"),
+    ],
+)
+def test_mistakes_are_told_in_the_recipes_words(overrides: list[str], text: str) -> None:
+    loaded = recipe.load("quickstart", overrides)
+    with pytest.raises(UsageError, match=text):
+        recipes.resolve(loaded, 2)
+
+
+@pytest.mark.parametrize(
     "recipe_text, text",
     [
         ("", "names no model: neither a config, nor"),
