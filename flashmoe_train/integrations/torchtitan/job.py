@@ -79,6 +79,8 @@ def check(config: JobConfig, world_size: int) -> None:
     if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("[metrics] enable_wandb: Weights & Biases is not installed: pip install wandb")
     _check_degrees(config, world_size)
+    if config.parallelism.pipeline_parallel_degree > 1 and spec.pipelining_fn is None:
+        raise UsageError(f"[parallelism] pipeline_parallel_degree: TorchTitan cannot pipeline {config.model.name}")
     _check_expert_parallelism(config, world_size, model_args)
     _check_numbers(config, world_size, model_args)
     _check_paths(config)

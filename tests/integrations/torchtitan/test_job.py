@@ -31,6 +31,11 @@ def test_accepts_a_job() -> None:
     config("model.name=deepseek_v3", "parallelism.expert_parallel_degree=2", processes=2)
 
 
+def test_refuses_a_pipeline_that_torchtitan_lacks() -> None:
+    with pytest.raises(UsageError, match=r"pipeline_parallel_degree: TorchTitan cannot pipeline qwen3"):
+        config("model.name=qwen3", "parallelism.pipeline_parallel_degree=2", processes=2)
+
+
 @pytest.mark.parametrize(
     "override, text",
     [
