@@ -80,6 +80,8 @@ BENCHES = (
         title="Training under TorchTitan",
         rate="tokens_per_s_per_gpu",
         standard=[Case("quickstart", launch.default_processes())],
-        tiny=[Case("quickstart", 2, ("training.steps=8", "training.validate_steps=1"))],
+        tiny=[
+            Case("quickstart", min(2, launch.default_processes()), ("training.steps=8", "training.validate_steps=1"))
+        ],
     ),
 )
