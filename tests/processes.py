@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -39,7 +40,9 @@ def run(function: Callable[..., None], *arguments: object, processes: int = 2) -
 def start(function: Callable[..., None], *arguments: object, processes: int) -> None:
     """Calls `function(rank, *arguments)` in new processes and waits for them.
 
-    They are forked from a server that has imported what takes seconds, and has started no thread.
+    They are forked from a server that has imported what takes seconds, and has started no thread; not where there is a
+    GPU, since what is imported asks it for its properties, and CUDA does not survive a fork.
     """
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
     multiprocessing.set_forkserver_preload(["flashmoe_train.integrations.torchtitan.runner"])
-    mp.start_processes(function, args=arguments, nprocs=processes, start_method="forkserver")
+    mp.start_processes(function, args=arguments, nprocs=processes, start_method=method)
