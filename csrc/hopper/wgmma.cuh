@@ -108,7 +108,7 @@ enum Major { K_MAJOR = 0, MN_MAJOR = 1 };
 #define FLASHMOE_OPERAND(i) "+f"(d[i])
 #define FLASHMOE_OPERAND_SEPARATOR() ,
 
-// The instruction up to its last operands, which say how A and B are read. p is false where d is not to be added.
+// The instruction up to its last operands, which say how A and B are read.
 #define FLASHMOE_TEXT(N, COUNT, TYPE, A, B, ACCUMULATE)                \
   "{.reg .pred p; setp.ne.b32 p, %" #ACCUMULATE ", 0;\n"               \
   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" \
@@ -125,23 +125,28 @@ enum Major { K_MAJOR = 0, MN_MAJOR = 1 };
                : FLASHMOE_##COUNT(FLASHMOE_OPERAND, FLASHMOE_OPERAND_SEPARATOR)                      \
                : "r"(int(accumulate)), "l"(b), "n"(int(B_MAJOR)), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]))
 
-// One N: its COUNT = N / 2 accumulators a thread, by which a call finds it; then the numbers of the operands after them.
-// A comes from shared memory or, four registers a thread as pack() makes them, from `a`.
-#define FLASHMOE_WGMMA(N, COUNT, I0, I1, I2, I3, I4, I5, I6)                                                 \
-  template <typename T, Major A_MAJOR, Major B_MAJOR>                                                        \
-  __device__ __forceinline__ void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {        \
-    if constexpr (std::is_same_v<T, __half>)                                                                 \
-      FLASHMOE_SS(N, COUNT, "f16", I0, I1, I2, I3, I4);                                                      \
-    else                                                                                                     \
-      FLASHMOE_SS(N, COUNT, "bf16", I0, I1, I2, I3, I4);                                                     \
-  }                                                                                                          \
-  template <typename T, Major B_MAJOR>                                                                       \
-  __device__ __forceinline__ void wgmma(float (&d)[COUNT], const uint32_t* a, uint64_t b, bool accumulate) { \
-    if constexpr (std::is_same_v<T, __half>)                                                                 \
-      FLASHMOE_RS(N, COUNT, "f16", I0, I1, I2, I3, I4, I5, I6);                                              \
-    else                                                                                                     \
-      FLASHMOE_RS(N, COUNT, "bf16", I0, I1, I2, I3, I4, I5, I6);                                             \
-  }
+template <int COUNT>
+struct Products;
+
+// One N: its COUNT = N / 2 accumulators a thread, then the numbers of the operands after them.
+#define FLASHMOE_WGMMA(N, COUNT, I0, I1, I2, I3, I4, I5, I6)                                                       \
+  template <>                                                                                                      \
+  struct Products<COUNT> {                                                                                         \
+    template <typename T, Major A_MAJOR, Major B_MAJOR>                                                            \
+    static __device__ __forceinline__ void ss(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {        \
+      if constexpr (std::is_same_v<T, __half>)                                                                     \
+        FLASHMOE_SS(N, COUNT, "f16", I0, I1, I2, I3, I4);                                                          \
+      else                                                                                                         \
+        FLASHMOE_SS(N, COUNT, "bf16", I0, I1, I2, I3, I4);                                                         \
+    }                                                                                                              \
+    template <typename T, Major B_MAJOR>                                                                           \
+    static __device__ __forceinline__ void rs(float (&d)[COUNT], const uint32_t* a, uint64_t b, bool accumulate) { \
+      if constexpr (std::is_same_v<T, __half>)                                                                     \
+        FLASHMOE_RS(N, COUNT, "f16", I0, I1, I2, I3, I4, I5, I6);                                                  \
+      else                                                                                                         \
+        FLASHMOE_RS(N, COUNT, "bf16", I0, I1, I2, I3, I4, I5, I6);                                                 \
+    }                                                                                                              \
+  };
 
 FLASHMOE_WGMMA(32, 16, 16, 17, 18, 19, 20, 21, 22)
 FLASHMOE_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
@@ -157,5 +162,17 @@ FLASHMOE_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef FLASHMOE_RS
 #undef FLASHMOE_SS
 #undef FLASHMOE_TEXT
+
+// N = 2 * COUNT. `accumulate` is false where d holds nothing yet: the first 16 of K. Nobody has to zero it.
+template <typename T, Major A_MAJOR, Major B_MAJOR, int COUNT>
+__device__ __forceinline__ void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {
+  Products<COUNT>::template ss<T, A_MAJOR, B_MAJOR>(d, a, b, accumulate);
+}
+
+// A from registers, four a thread, as pack() makes them.
+template <typename T, Major B_MAJOR, int COUNT>
+__device__ __forceinline__ void wgmma(float (&d)[COUNT], const uint32_t* a, uint64_t b, bool accumulate) {
+  Products<COUNT>::template rs<T, B_MAJOR>(d, a, b, accumulate);
+}
 
 }  // namespace flashmoe::hopper
