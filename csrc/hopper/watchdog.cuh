@@ -17,7 +17,8 @@ struct Hang {
 };
 constexpr int HANGS = 64;
 
-constexpr uint32_t PATIENCE = 500'000'000, LATER_PATIENCE = 100'000;  // ns
+// In ns. Whoever gives up stays a little, or it might set free those that would have reported next.
+constexpr uint32_t PATIENCE = 500'000'000, STAY = 20'000'000, LATER_PATIENCE = 100'000;
 
 static __constant__ Hang* hangs;     // HANGS of them in host memory, or null
 static __device__ unsigned hang_count;
@@ -28,22 +29,29 @@ __device__ __forceinline__ uint32_t nanoseconds() {
   return result;
 }
 
+// By one thread of those of the warp that wait.
+__device__ __forceinline__ void record_hang(uint32_t barrier, uint32_t parity) {
+  if (threadIdx.x % 32 + 1 != __ffs(__activemask())) return;
+  const unsigned slot = atomicAdd(&hang_count, 1);
+  if (slot >= HANGS || !hangs) return;
+  volatile Hang& hang = hangs[slot];
+  hang.block[0] = blockIdx.x, hang.block[1] = blockIdx.y, hang.block[2] = blockIdx.z;
+  hang.thread = threadIdx.x, hang.barrier = barrier, hang.parity = parity;
+  __threadfence_system();
+  hang.recorded = 1;
+}
+
 // Waits that begin after somebody has given up are short and not recorded: they are consequences.
 template <typename Completed>
 __device__ __forceinline__ void watched_wait(Completed completed, uint32_t barrier, uint32_t parity) {
   if (completed()) return;
   const bool later = *static_cast<volatile unsigned*>(&hang_count);
-  const uint32_t start = nanoseconds();
+  const uint32_t start = nanoseconds(), patience = later ? LATER_PATIENCE : PATIENCE;
   while (!completed()) {
-    if (nanoseconds() - start < (later ? LATER_PATIENCE : PATIENCE)) continue;
-    if (later || threadIdx.x % 32 + 1 != __ffs(__activemask())) return;
-    const unsigned slot = atomicAdd(&hang_count, 1);
-    if (slot >= HANGS || !hangs) return;
-    volatile Hang& hang = hangs[slot];
-    hang.block[0] = blockIdx.x, hang.block[1] = blockIdx.y, hang.block[2] = blockIdx.z;
-    hang.thread = threadIdx.x, hang.barrier = barrier, hang.parity = parity;
-    __threadfence_system();
-    hang.recorded = 1;
+    if (nanoseconds() - start < patience) continue;
+    if (later) return;
+    record_hang(barrier, parity);
+    while (!completed() && nanoseconds() - start < PATIENCE + STAY) {}
     return;
   }
 }
