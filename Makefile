@@ -5,15 +5,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: train test test-all lint kernels clean
+.PHONY: train test test-all lint kernels self-test clean
 
 train: kernels
 	$(BIN)/flashmoe train quickstart $(ARGS)
 
-test: kernels
+# Where there is a GPU, csrc/hopper is tested on it.
+SELF_TEST := $(if $(wildcard /dev/nvidia0),self-test)
+
+test: kernels $(SELF_TEST)
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
-test-all: kernels
+test-all: kernels $(SELF_TEST)
 	$(BIN)/pytest $(ARGS)
 
 lint: .venv/installed
@@ -38,6 +41,10 @@ kernels: .venv/installed
 	elif [ -e $(LIBRARY) ]; then \
 		echo "csrc is newer than $(LIBRARY), and there is no nvcc to compile it: set CUDACXX, or delete the library"; exit 1; \
 	fi
+
+self-test: .venv/installed
+	cmake -S csrc -B build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build build --parallel --target flashmoe_hopper_test
 
 clean:
 	rm -rf .venv build dist outputs $(LIBRARY)

@@ -26,8 +26,9 @@ __device__ __forceinline__ bool elected() {
   return result;
 }
 
-// Programmatic dependent launch: until the kernel before has finished, or all its blocks have called launch_next() or
-// ended; what they wrote before is visible. No global memory is touched before this, neither read nor written.
+// Programmatic dependent launch. launch_next() by all blocks of a kernel, or their end, lets the next one begin if it was
+// launched to overlap; that one calls wait_for_previous() before it touches global memory, to read or to write. The wait is
+// for the end of the previous kernel and all it wrote, however early launch_next() was.
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void launch_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

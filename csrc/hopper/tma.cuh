@@ -1,8 +1,9 @@
 // Bulk copies between global and shared memory, by one thread for all (tensor_map.h makes the maps).
 //
 // Loads complete on a Barrier that expects their bytes; wgmma may follow without a fence. Coordinates count elements, the
-// innermost first. What lies outside the tensor, before it too, is loaded as zeros that count as bytes, and not stored.
-// "Outside" is outside the tensor: a box over the end of a document or an expert takes, or overwrites, its neighbour.
+// innermost first. What lies outside the tensor, before it too, is loaded as zeros that count as bytes; it is not stored,
+// but a store that begins before the tensor is an illegal instruction. "Outside" is outside the tensor: a box over the end
+// of a document or an expert takes, or overwrites, its neighbour.
 #pragma once
 
 #include <cstdint>

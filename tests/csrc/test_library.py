@@ -1,17 +1,22 @@
 """The compiled library, as far as a machine without a GPU can judge it: builds it afresh and reads what came out."""
 
+import csv
 import ctypes
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+
+from tests.csrc.test_hopper import Library, bad_maps
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -47,9 +52,14 @@ def build(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The package's library; beside it lie the self-test of csrc/hopper and how long nvcc took for what."""
     folder = tmp_path_factory.mktemp("library")
-    log = build(folder)
+    log = build(folder, os.environ | {"NVCC_APPEND_FLAGS": f"--time={folder / 'times.csv'}"})
     return folder / "libflashmoe_cuda.so", log
+
+
+def hopper_library(built: tuple[Path, str]) -> Path:
+    return built[0].with_name("libflashmoe_hopper_test.so")
 
 
 def kernels(log: str) -> list[Kernel]:
@@ -66,9 +76,15 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
     names = "\n".join(kernel.name for kernel in found)
     assert all(
         name in names
-        for name in ("combine_kernel", "combine_backward_kernel", "finish_backward_kernel", "permute_kernel")
+        for name in (
+            "combine_kernel",
+            "combine_backward_kernel",
+            "finish_backward_kernel",
+            "permute_kernel",
+            "wgmma_kernel",
+        )
     )
-    assert {kernel.architecture for kernel in found} == {"sm_80", "sm_90"}
+    assert {kernel.architecture for kernel in found} == {"sm_80", "sm_90", "sm_90a"}
     assert not [kernel for kernel in found if kernel.spilled]
 
 
@@ -76,6 +92,48 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
 def test_compiler_has_nothing_to_say(built: tuple[Path, str]) -> None:
     """No warning, and none of ptxas' notes C75xx: register budgets that it ignored, wgmma that it serialised."""
     assert not re.findall(r".*(?:\bwarning\b|\bC75\d\d\b).*", built[1])
+
+
+def machine_code(library: Path) -> dict[str, str]:
+    """Of every kernel, by its name. Triton's package carries the tool, which not every CUDA installation does."""
+    triton = importlib.util.find_spec("triton")
+    tool = triton and Path(triton.origin or "").parent / "backends/nvidia/bin/cuobjdump"
+    command = [tool if tool and tool.exists() else "cuobjdump", "--dump-sass", library]
+    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = dump.split("Function : ")[1:]
+    return {function.split(maxsplit=1)[0]: function for function in functions}
+
+
+@needs_nvcc
+def test_products_run_on_the_tensor_cores(built: tuple[Path, str]) -> None:
+    """One instruction for every 16 of K: no wait between those of a batch, nothing in local memory."""
+    found = {name: code for name, code in machine_code(hopper_library(built)).items() if "wgmma_kernel" in name}
+    assert len(found) == 2 * 9 * 6  # types, N, operands
+    for name, code in found.items():
+        products = re.findall(r"\b(?:HGMMA\b.*|WARPGROUP\.DEPBAR)", code)
+        assert [product[:5] for product in products] == ["HGMMA"] * 8 + ["WARPG"], name
+        assert ["gsb0" in product for product in products[:8]] == [False] * 7 + [True], name
+        assert not re.search(r"\b(?:LDL|STL)\b", code), name
+
+
+@needs_nvcc
+def test_every_file_compiles_in_seconds(built: tuple[Path, str]) -> None:
+    """A change has to be tried in seconds. The slowest needs nine on a free core; two may share one here."""
+    seconds: dict[str, float] = defaultdict(float)
+    with built[0].with_name("times.csv").open() as lines:
+        for row in csv.reader(lines):
+            if len(row) == 8 and row[0].strip().endswith(".cu"):
+                seconds[Path(row[0].strip()).name] += float(row[6]) / 1000
+    assert {"combine.cu", "permute.cu", "products_bf16.cu"} <= seconds.keys()
+    assert not {name: time for name, time in seconds.items() if time > 60}
+
+
+@needs_nvcc
+def test_tensor_map_names_what_it_cannot_take(built: tuple[Path, str]) -> None:
+    library = Library(hopper_library(built))
+    for text, arguments in bad_maps(address=1 << 30).items():
+        with pytest.raises(RuntimeError, match=f"tensor map of x: .*{re.escape(text)}"):
+            library("tensor_map", ctypes.byref(arguments))
 
 
 @needs_nvcc
