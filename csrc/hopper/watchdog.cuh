@@ -20,7 +20,7 @@ constexpr int HANGS = 64;
 // In ns. Whoever gives up stays a little, or it might set free those that would have reported next.
 constexpr uint32_t PATIENCE = 500'000'000, STAY = 20'000'000, LATER_PATIENCE = 100'000;
 
-static __constant__ Hang* hangs;     // HANGS of them in host memory, or null
+static __constant__ Hang* hangs;  // HANGS of them in host memory, or null
 static __device__ unsigned hang_count;
 
 __device__ __forceinline__ uint32_t nanoseconds() {
@@ -56,7 +56,8 @@ __device__ __forceinline__ void watched_wait(Completed completed, uint32_t barri
   }
 }
 
-// Host: before a launch. Returns the HANGS records, all empty, which can be read while the kernel runs; null if CUDA fails.
+// Host: before a launch, from the file that has the kernel (each has records of its own). Returns the HANGS records, all
+// empty, which can be read while the kernel runs; null if CUDA fails.
 inline Hang* watchdog() {
   static Hang* records = nullptr;
   if (!records && cudaHostAlloc(&records, HANGS * sizeof(Hang), cudaHostAllocMapped)) return nullptr;
