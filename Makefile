@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: train test test-all lint kernels self-test clean
+.PHONY: train test test-all lint kernels self-test facts clean
 
 train: kernels
 	$(BIN)/flashmoe train quickstart $(ARGS)
@@ -45,6 +45,11 @@ kernels: .venv/installed
 self-test: .venv/installed
 	cmake -S csrc -B build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	cmake --build build --parallel --target flashmoe_hopper_test
+
+# What flashmoe_train.bench.hopper measures with.
+facts: .venv/installed
+	cmake -S csrc -B build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build build --parallel --target flashmoe_hopper_throughput flashmoe_hopper_races
 
 clean:
 	rm -rf .venv build dist outputs $(LIBRARY)

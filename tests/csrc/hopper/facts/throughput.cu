@@ -1,5 +1,6 @@
 // What the hardware can do where the kernels' designs depend on it: vector adds to memory, 2^x off the special-function
-// units, gathering rows into tiles. Prints a table; docs/hopper.md quotes it.
+// units, gathering rows into tiles. Prints table, case, column and number, with tabs between; flashmoe_train/bench/hopper.py
+// makes of that what docs/hopper.md shows.
 //
 //   cmake --build build --target flashmoe_hopper_throughput && build/flashmoe_hopper_throughput
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <cstdlib>
 #include <numeric>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "hopper/barrier.cuh"
@@ -20,6 +22,10 @@ namespace {
 
 void check(cudaError_t error) {
   if (error != cudaSuccess) std::printf("%s\n", cudaGetErrorString(error)), std::exit(1);
+}
+
+void report(const char* table, const std::string& label, const char* column, double value) {
+  std::printf("%s\t%s\t%s\t%.4g\n", table, label.c_str(), column, value);
 }
 
 template <typename T>
@@ -82,8 +88,7 @@ __global__ void __launch_bounds__(256) add_kernel(float* sums, int tiles, int st
 }
 
 void measure_adds() {
-  std::printf("\nadds of float32 to memory, one block of 256 threads per multiprocessor or two; GB/s of terms\n");
-  std::printf("%-14s%-8s%12s%12s%12s\n", "workspace MB", "blocks", "red.v4", "red", "store.v4");
+  // float32 terms in GB/s, by one block of 256 threads per multiprocessor or two
   for (int megabytes : {8, 32, 1024})
     for (int blocks : {multiprocessors(), 2 * multiprocessors()}) {
       const int tiles = megabytes * 32, steps = 512;
@@ -93,8 +98,10 @@ void measure_adds() {
       const auto rate = [&](auto kernel) {
         return gigabytes / time([&] { return launch(kernel, how, sums, tiles, steps); }) * 1e3;
       };
-      std::printf("%-14d%-8d%12.0f%12.0f%12.0f\n", megabytes, blocks, rate(add_kernel<Add::vector>),
-                  rate(add_kernel<Add::scalar>), rate(add_kernel<Add::store>));
+      const std::string label = std::to_string(megabytes) + " MB, " + std::to_string(blocks) + " blocks";
+      report("adds", label, "red.v4", rate(add_kernel<Add::vector>));
+      report("adds", label, "red", rate(add_kernel<Add::scalar>));
+      report("adds", label, "store.v4", rate(add_kernel<Add::store>));
       check(cudaFree(sums));
     }
 }
@@ -145,11 +152,12 @@ void measure_exp2(float* out, int64_t* clocks, float& exact) {
   check(cudaMemcpy(&taken, clocks, sizeof taken, cudaMemcpyDeviceToHost));
   check(cudaMemcpy(&sum, out, sizeof sum, cudaMemcpyDeviceToHost));
   if (POLYNOMIAL == 0) exact = sum;
-  std::printf("%d/8: %5.1f (off by %.0e)\n", POLYNOMIAL, double(THREADS) * 16 * rounds / taken, std::abs(sum / exact - 1));
+  const std::string label = std::to_string(POLYNOMIAL) + "/8 by a polynomial";
+  report("exp2", label, "per multiprocessor and clock", double(THREADS) * 16 * rounds / taken);
+  report("exp2", label, "relative error", std::abs(sum / exact - 1));
 }
 
 void measure_exp2() {
-  std::printf("\nmultiply-add and 2^x, results per multiprocessor and clock, by the part that takes a polynomial\n");
   float* out = allocate<float>(multiprocessors() * THREADS);
   int64_t* clocks = allocate<int64_t>(multiprocessors());
   float exact;
@@ -268,9 +276,7 @@ __global__ void __launch_bounds__(64, 1) bulk_rows_kernel(const __nv_bfloat16* x
 }
 
 void measure_gathers() {
-  std::printf("\ngathering rows into tiles of 128 x 64, six stages, one block a multiprocessor, nothing else; GB/s\n");
-  std::printf("%-12s%-10s%10s%12s%10s%10s%12s\n", "row bytes", "order", "box", "one thread", "one warp", "cp.async",
-              "whole rows");
+  // GB/s into tiles of 128 x 64, six stages, one block a multiprocessor; nothing else goes on
   for (int bytes : {4096, 8192, 14336})
     for (bool shuffled : {false, true}) {
       const int width = bytes / 2, rows = (1 << 29) / bytes / 128 * 128, tiles = rows / ROWS;  // 512 MB
@@ -288,10 +294,13 @@ void measure_gathers() {
       const auto gather = [&](auto kernel) {
         return rate(time([&] { return launch(kernel, how, box, row, x, width, index, tiles); }));
       };
-      std::printf("%-12d%-10s%10.0f%12.0f%10.0f%10.0f%12.0f\n", bytes, shuffled ? "shuffled" : "in order",
-                  gather(gather_kernel<Gather::box>), gather(gather_kernel<Gather::one_thread>),
-                  gather(gather_kernel<Gather::one_warp>), gather(gather_kernel<Gather::copy_async>),
-                  rate(time([&] { return launch(bulk_rows_kernel, bulk, x, width, index, tiles); })));
+      const std::string label = std::to_string(bytes) + " bytes a row, " + (shuffled ? "shuffled" : "in order");
+      report("gather", label, "TMA box (neighbours)", gather(gather_kernel<Gather::box>));
+      report("gather", label, "cp.async", gather(gather_kernel<Gather::copy_async>));
+      report("gather", label, "TMA by row, 32 lanes", gather(gather_kernel<Gather::one_warp>));
+      report("gather", label, "TMA by row, one lane", gather(gather_kernel<Gather::one_thread>));
+      report("gather", label, "bulk copies of whole rows",
+             rate(time([&] { return launch(bulk_rows_kernel, bulk, x, width, index, tiles); })));
       check(cudaFree(x));
       check(cudaFree(index));
     }
@@ -302,9 +311,6 @@ void measure_gathers() {
 
 int main() {
   using namespace flashmoe::hopper;
-  cudaDeviceProp device;
-  check(cudaGetDeviceProperties(&device, 0));
-  std::printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);
   measure_adds();
   measure_exp2();
   measure_gathers();
