@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from flashmoe_train import support
-from flashmoe_train.bench import by_name, report
+from flashmoe_train.bench import by_name, hopper, report
 from flashmoe_train.bench.results import OURS, read
+from flashmoe_train.bench.variants.run import Measured, matrix, rate_unit
 
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"(<!-- (?:results: (\S+) (.+?)|support|schemas) -->\n).*?(<!-- end of table -->)", re.S)
@@ -51,14 +52,24 @@ def _lines(table: Iterable[Sequence[str]]) -> str:
 def _results(root: Path, name: str, pattern: str) -> str:
     """The cases whose labels match, then where and how they were measured. Implementations that ran in none are left
     out."""
-    results = read(root / "docs/results" / f"{name}.json")
-    bench = by_name()[results.bench]
+    path = root / "docs/results" / f"{name}.json"
+    results = read(path)
     rows = [row for row in results.rows if fnmatchcase(row.label, pattern)]
-    heading, *lines = report.grid(bench, rows)
+    if results.bench.startswith("variants_"):
+        measured = Measured.model_validate_json(path.read_bytes())
+        heading, *lines = matrix(measured, rows)
+        unit = f"{rate_unit(measured)} (× the library)"
+    elif results.bench == hopper.NAME:
+        heading, *lines = hopper.grid(rows)
+        unit = hopper.unit(rows)
+    else:
+        bench = by_name()[results.bench]
+        heading, *lines = report.grid(bench, rows)
+        unit = report.unit(bench)
     shown = [i for i in range(len(heading)) if heading[i] == OURS or any(line[i] != report.NOTHING for line in lines)]
     table = [[line[i] for i in shown] for line in (heading, ["---"] + ["--:"] * (len(heading) - 1), *lines)]
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items() if name != "flashmoe_train")
-    note = f"{report.unit(bench)}; {results.gpu}, {versions}; commit {results.commit}: `{results.command}`"
+    note = f"{unit}; {results.gpu}, {versions}; commit {results.commit}: `{results.command}`"
     return f"{_lines(table)}\n{note}\n"
 
 

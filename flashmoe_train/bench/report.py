@@ -13,6 +13,7 @@ from flashmoe_train.bench.results import EVERYBODY, FLOORS, OURS, Results, Row, 
 from flashmoe_train.errors import UsageError
 
 FAILED, NOTHING = "FAILED", "–"
+STYLES = {FAILED: "bold red", NOTHING: "dim"}
 _UNITS = {"tflops": "TFLOP/s", "gb_per_s": "GB/s", "tokens_per_s_per_gpu": "tokens/s per device"}
 
 
@@ -52,9 +53,8 @@ def show(console: Console, bench: Bench, results: Results) -> None:
     table.add_column(heading[0])
     for name in heading[1:]:
         table.add_column(name, justify="right")
-    styles = {FAILED: "bold red", NOTHING: "dim"}
     for line in lines:
-        table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in line))
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in line))
     console.print(table)
     for note in _notes(bench, results):
         console.print(note, highlight=False, markup=False)

@@ -1,0 +1,227 @@
+"""Builds a study's variants and reads what the compiler says of them."""
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pydantic
+from pydantic import BaseModel
+
+from flashmoe_train.bench.results import commit
+from flashmoe_train.bench.variants import Study, Variant
+from flashmoe_train.errors import UsageError
+
+ROOT = Path(__file__).parents[3]
+CSRC = ROOT / "csrc"
+# As csrc/CMakeLists.txt has them; -s: symbols for a debugger are a third of a library.
+OPTIONS = (
+    "-shared", "-O3", "-std=c++20", "-Xcompiler=-fPIC", "-gencode=arch=compute_90a,code=sm_90a", "-cudart=static",
+    "--resource-usage", "-Xlinker=-s",
+)  # fmt: skip
+
+# Around the kernel's source: its launch function under names that ctypes finds.
+_DRIVER = """\
+#include <exception>
+#include <string>
+#include "{source}"
+#ifdef FLASHMOE_WATCHDOG
+#include "hopper/watchdog.cuh"
+#endif
+
+namespace {{
+template <typename Params>
+struct Launcher {{
+  cudaError_t (*function)(const Params&, cudaStream_t);
+  static constexpr size_t size = sizeof(Params);
+  cudaError_t operator()(const void* params, void* stream) const {{
+    return function(*static_cast<const Params*>(params), static_cast<cudaStream_t>(stream));
+  }}
+}};
+template <typename Params>
+Launcher(cudaError_t (*)(const Params&, cudaStream_t)) -> Launcher<Params>;
+const Launcher launcher{{flashmoe::{function}}};
+}}  // namespace
+
+extern "C" size_t params_size() {{ return launcher.size; }}
+
+// What went wrong, or null.
+extern "C" const char* launch(const void* params, void* stream) {{
+  static std::string text;
+  try {{
+    const cudaError_t error = launcher(params, stream);
+    if (error == cudaSuccess) return nullptr;
+    text = cudaGetErrorString(error);
+  }} catch (const std::exception& error) {{
+    text = error.what();
+  }}
+  return text.c_str();
+}}
+#ifdef FLASHMOE_WATCHDOG
+extern "C" int watchdog_records() {{ return flashmoe::hopper::HANGS; }}
+extern "C" const void* watchdog() {{ return flashmoe::hopper::watchdog(); }}
+#endif
+"""
+
+
+class Kernel(BaseModel):
+    """What ptxas says of one."""
+
+    name: str
+    registers: int  # of a thread at launch
+    stack: int  # bytes
+    spilled: int  # bytes of stores and loads
+
+
+class Built(BaseModel):
+    """One variant."""
+
+    definitions: dict[str, str] = {}
+    edits: list[tuple[str, str]] = []
+    kernels: list[Kernel] = []
+    notes: list[str] = []  # ptxas on register budgets that it ignored, wgmma that it serialised
+    hgmma: int | None = None  # instructions; None without a disassembler
+    seconds: float = 0.0  # of compilation
+    failed: str = ""
+
+    @property
+    def registers(self) -> str:
+        return "/".join(str(kernel.registers) for kernel in self.kernels)
+
+    @property
+    def spilled(self) -> int:
+        return sum(kernel.spilled for kernel in self.kernels)
+
+    @property
+    def short_notes(self) -> str:
+        return " ".join(dict.fromkeys(note[:5] for note in self.notes))
+
+
+class Build(BaseModel):
+    """A folder of variants, as its index says."""
+
+    study: str
+    commit: str
+    variants: dict[str, Built] = {}
+
+    def write(self, folder: Path) -> None:
+        (folder / "variants.json").write_text(self.model_dump_json(indent=1) + "\n")
+
+
+def read(folder: Path) -> Build:
+    try:
+        return Build.model_validate_json((folder / "variants.json").read_bytes())
+    except OSError:
+        raise UsageError(f"{folder} holds no variants: build them first") from None
+    except pydantic.ValidationError as error:
+        raise UsageError(f"{folder / 'variants.json'} is not what `build` writes: {error}") from None
+
+
+def library(folder: Path, variant: str, watchdog: bool = False) -> Path:
+    return folder / f"{variant}{'.watchdog' * watchdog}.so"
+
+
+def build(name: str, study: Study, variants: Mapping[str, Variant], folder: Path, jobs: int) -> Build:
+    """All of `variants`, with and without the watchdog; a variant that does not compile says so in its place."""
+    if not CSRC.is_dir():
+        raise UsageError(f"kernels are built from a checkout: there is no {CSRC}")
+    compiler = find_nvcc()
+    folder = folder.resolve()  # sources are included by their paths
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.so"):
+        stale.unlink()
+
+    def one(variant: str) -> Built:
+        return _build(compiler, study, variant, variants[variant], folder)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        built = dict(zip(variants, pool.map(one, variants), strict=True))
+    result = Build(study=name, commit=commit(), variants=built)
+    result.write(folder)
+    return result
+
+
+def _build(compiler: str, study: Study, name: str, variant: Variant, folder: Path) -> Built:
+    definitions = {key: str(value) for key, value in variant.definitions.items()}
+    built = Built(definitions=definitions, edits=list(variant.edits))
+    source = CSRC / study.source
+    try:
+        if variant.edits:
+            source = folder / f"{name}.source.cu"
+            source.write_text(edited((CSRC / study.source).read_text(), variant))
+        driver = folder / f"{name}.cu"
+        driver.write_text(_DRIVER.format(source=source, function=study.function))
+        begin = time.perf_counter()
+        log = _compile(compiler, driver, definitions, library(folder, name))
+        built.seconds = round(time.perf_counter() - begin, 1)
+        built.kernels, built.notes = readings(log)
+        built.hgmma = count_hgmma(library(folder, name))
+        _compile(compiler, driver, definitions | {"FLASHMOE_WATCHDOG": "1"}, library(folder, name, watchdog=True))
+    except CompileError as error:
+        built.failed = str(error)
+    return built
+
+
+class CompileError(Exception):
+    pass
+
+
+def edited(text: str, variant: Variant) -> str:
+    for old, new in variant.edits:
+        if (count := text.count(old)) != 1:
+            raise CompileError(f"the source has {count} of {old!r}, which is to be replaced")
+        text = text.replace(old, new)
+    return text
+
+
+def _compile(compiler: str, source: Path, definitions: Mapping[str, str], target: Path) -> str:
+    macros = [f"-D{key}={value}" for key, value in definitions.items()]
+    command = [compiler, *OPTIONS, f"-I{CSRC}", *macros, str(source), "-o", str(target)]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    target.with_suffix(".log").write_text(f"{shlex.join(command)}\n{done.stdout}")
+    if done.returncode:
+        first = re.search(r"\berror\b.*", done.stdout)
+        raise CompileError(first[0] if first else f"nvcc ended with {done.returncode}")
+    return done.stdout
+
+
+def readings(log: str) -> tuple[list[Kernel], list[str]]:
+    """Every kernel in the output of `nvcc --resource-usage`, and what ptxas notes."""
+    found = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
+        r"loads.*?Used (\d+) registers",
+        log,
+        re.S,
+    )
+    kernels = [
+        Kernel(name=name, registers=int(registers), stack=int(stack), spilled=int(stores) + int(loads))
+        for name, stack, stores, loads, registers in found
+    ]
+    return kernels, re.findall(r"\bC75\d\d\b.*", log)
+
+
+def find_nvcc() -> str:
+    """As CMakeLists.txt does."""
+    found = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if not found:
+        raise UsageError("no nvcc found (set CUDACXX to point at one)")
+    return found
+
+
+def count_hgmma(path: Path) -> int | None:
+    """wgmma instructions in a library's machine code; Triton's package has a disassembler where CUDA's is missing."""
+    triton = importlib.util.find_spec("triton")
+    folders = [
+        str(Path(place) / "backends/nvidia/bin") for place in (triton and triton.submodule_search_locations) or ()
+    ]
+    tool = shutil.which("cuobjdump", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
+    if tool is None:
+        return None
+    sass = subprocess.run([tool, "--dump-sass", str(path)], capture_output=True, text=True)
+    return len(re.findall(r"\bHGMMA\b", sass.stdout)) if sass.returncode == 0 else None

@@ -1,0 +1,247 @@
+"""Variants of a kernel: what is read of a build, and that one which hangs, crashes or is wrong costs itself alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashmoe_train.bench.documents import documents
+from flashmoe_train.bench.results import Row, here, read
+from flashmoe_train.bench.variants import Variant, build, load
+from flashmoe_train.bench.variants.build import Build, Built, CompileError, Kernel
+from flashmoe_train.bench.variants.run import Measured, Outcome
+from flashmoe_train.errors import UsageError
+
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+needs_nvcc = pytest.mark.skipif(not shutil.which(os.environ.get("CUDACXX", "nvcc")), reason="needs nvcc")
+
+LOG = """\
+ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized due to registers
+ptxas info    : 8 bytes gmem
+ptxas info    : Compiling entry function '_Z7forward4Work' for 'sm_90a'
+ptxas info    : Function properties for _Z7forward4Work
+    72 bytes stack frame, 60 bytes spill stores, 68 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 72 bytes cumulative stack size
+ptxas info    : Compile time = 259.335 ms
+ptxas info    : Compiling entry function '_Z5clear4Work' for 'sm_90a'
+ptxas info    : Function properties for _Z5clear4Work
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 16 registers, used 0 barriers
+"""
+
+# A kernel for the CPU: twice x, but for what MODE says.
+SOURCE = """\
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <unistd.h>
+struct Params { const float* x; float* out; int64_t count; };
+extern "C" size_t params_size() { return sizeof(Params); }
+extern "C" const char* launch(const Params* p, void*) {
+#if MODE == 1
+  std::fprintf(stderr, "it breaks\\n"), std::abort();
+#elif MODE == 2
+  for (;;) sleep(1);
+#elif MODE == 3
+  return "x is not what it should be";
+#endif
+  for (int64_t i = 0; i < p->count; ++i) p->out[i] = p->x[i] * (MODE == 4 && i == 7 ? 3 : 2);
+  return nullptr;
+}
+#ifdef WATCHDOG
+static uint32_t records[4][8] = {
+    {}, {1, 5, 0, 0, 128, 0x3010, 1, 0}, {1, 2, 1, 0, 0, 0x3020, 0, 0}, {1, 5, 0, 0, 160, 0x3010, 1, 0}};
+extern "C" int watchdog_records() { return 4; }
+extern "C" const void* watchdog() { return records; }
+#endif
+"""
+
+STUDY = """\
+import ctypes
+from dataclasses import dataclass
+import torch
+from flashmoe_train.bench.measure import relative_error
+from flashmoe_train.bench.variants import Study, Trial, Variant
+
+class Params(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_void_p), ("out", ctypes.c_void_p), ("count", ctypes.c_int64)]
+
+@dataclass(frozen=True)
+class Case:
+    count: int
+    @property
+    def label(self):
+        return f"{self.count} numbers"
+    def as_json(self):
+        return {"count": self.count}
+
+def prepare(case, device):
+    x = torch.randn(case.count)
+    def run(launch):
+        out = torch.full_like(x, torch.nan)
+        def once():
+            launch(Params(x.data_ptr(), out.data_ptr(), case.count))
+            return out
+        return once
+    return Trial(run, {"torch": lambda: lambda: x * 2}, lambda y: relative_error(y, x.double() * 2), 1e-6, 8e6)
+
+STUDY = Study(
+    title="Twice", source="twice.cu", function="twice", params=Params,
+    variants={name: Variant() for name in ("right", "crash", "hang", "refuse", "wrong")},
+    checks=[Case(3), Case(9)], cases=[Case(100), Case(200)], prepare=prepare, rate="gb_per_s",
+)
+"""
+
+
+def test_readings_of_a_build() -> None:
+    kernels, notes = build.readings(LOG)
+    assert kernels == [
+        Kernel(name="_Z7forward4Work", registers=168, stack=72, spilled=128),
+        Kernel(name="_Z5clear4Work", registers=16, stack=0, spilled=0),
+    ]
+    (note,) = notes
+    assert note.startswith("C7512") and "serialized" in note
+    built = Built(kernels=kernels)
+    assert (built.registers, built.spilled) == ("168/16", 128)
+
+
+def test_text_to_replace_is_there_once() -> None:
+    variant = Variant(edits=[("STAGES = 2", "STAGES = 3"), ("KEYS", "ROWS")])
+    assert build.edited("STAGES = 2; KEYS", variant) == "STAGES = 3; ROWS"
+    for text, count in (("STAGES = 4; KEYS", 0), ("STAGES = 2; STAGES = 2; KEYS", 2)):
+        with pytest.raises(CompileError, match=f"has {count} of 'STAGES = 2'"):
+            build.edited(text, variant)
+
+
+def test_studies_are_found_by_name_and_by_file(tmp_path: Path) -> None:
+    assert load("attention_forward")[1].function == "attention_forward"
+    (tmp_path / "twice.py").write_text(STUDY)
+    name, study = load(str(tmp_path / "twice.py"))
+    assert (name, study.title) == ("twice", "Twice")
+    with pytest.raises(UsageError, match="did you mean 'attention_forward'"):
+        load("attention_forwards")
+    with pytest.raises(UsageError, match=r"no study .*other\.py"):
+        load(str(tmp_path / "other.py"))
+    with pytest.raises(UsageError, match="build them first"):
+        build.read(tmp_path)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "flashmoe_train.bench.variants", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_each_variant_stands_alone(tmp_path: Path) -> None:
+    """As on a GPU, with libraries for the CPU in the place of what nvcc makes."""
+    (tmp_path / "twice.py").write_text(STUDY)
+    (tmp_path / "twice.cpp").write_text(SOURCE)
+    folder = tmp_path / "built/twice"
+    folder.mkdir(parents=True)
+    index = Build(study="twice", commit="abc1234")
+    modes = {"right": 0, "crash": 1, "hang": 2, "refuse": 3, "wrong": 4}
+    for name, mode in modes.items():
+        index.variants[name] = Built(definitions={"MODE": str(mode)}, kernels=build.readings(LOG)[0], hgmma=32)
+        for watchdog, mode_here in ((False, mode), *([(True, 0)] if name == "hang" else [])):
+            options = [f"-DMODE={mode_here}", *["-DWATCHDOG"] * watchdog]
+            target = build.library(folder, name, watchdog)
+            line = [COMPILER, "-shared", "-fPIC", *options, str(tmp_path / "twice.cpp"), "-o", str(target)]
+            subprocess.run(line, check=True)
+    index.variants["unfinished"] = Built(failed="error: expected a ;")
+    index.write(folder)
+
+    study, out = str(tmp_path / "twice.py"), tmp_path / "twice.json"
+    options = ["--folder", str(tmp_path / "built"), "--device", "cpu", "--limit", "2", "--json", str(out)]
+    done = command("run", study, *options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    written = json.loads(out.read_text())
+    problems = {name: variant["problem"] for name, variant in written["variants"].items()}
+    assert problems.pop("right") == ""
+    assert problems.pop("unfinished") == "error: expected a ;"
+    assert problems.pop("crash") == "3 numbers: its process ended with -6: it breaks"
+    assert problems.pop("refuse") == "3 numbers: RuntimeError: x is not what it should be"
+    assert problems.pop("wrong").startswith("9 numbers: relative error")
+    assert problems.pop("hang") == (
+        "3 numbers: no end after 2 s; watchdog: block 2,1,0 thread 0 at barrier 0x3020 parity 0; "
+        "block 5 thread 128 and 1 more warps at barrier 0x3010 parity 1"
+    )
+    assert not problems
+    # What is right was timed beside the library.
+    results = read(out)
+    assert (results.bench, results.commit) == ("variants_twice", "abc1234")
+    assert [row.label for row in results.rows] == ["100 numbers", "200 numbers"]
+    assert all(set(row.ms) == set(row.gb_per_s) == {"right", "torch"} and not row.failed for row in results.rows)
+    for text in ("168/16", "GB/s", " torch", "block 5 thread 128", "it breaks", "32"):
+        assert text in done.stdout
+    assert "TFLOP/s" not in done.stdout
+
+    done = command("run", study, *options, "--only", "right", "--cases", "200*")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row.label for row in read(out).rows] == ["200 numbers"]
+    assert read(out).command.endswith("twice.py --only right --cases '200*'")
+    done = command("run", study, *options, "--only", "rihgt")
+    assert done.returncode == 2 and "there are right, crash" in done.stderr
+
+
+def test_table_for_documents(tmp_path: Path) -> None:
+    """A line for every variant, a column for every case; what failed has no line."""
+    about = here("variants_twice", "python -m flashmoe_train.bench.variants run twice", torch.device("cpu"))
+    measured = Measured(
+        **about.model_dump(), variants={"one": Outcome(), "two": Outcome(), "bad": Outcome(problem="x")}
+    )
+    for label, two in (("full a", 0.5), ("causal b", 2.0)):
+        ms = {"one": 1.0, "two": two, "library": 1.5}
+        rates = {name: 1000 / x for name, x in ms.items()}
+        measured.rows.append(Row(case={"label": label}, label=label, ms=ms, tflops=rates))
+    measured.write(tmp_path / "docs/results/gpu/variants_twice.json")
+    (tmp_path / "README.md").write_text("<!-- results: gpu/variants_twice * -->\n<!-- end of results -->\n")
+    ((_, text),) = documents(tmp_path)
+    lines = text.splitlines()
+    assert lines[1:6] == [
+        "| variant | full a | causal b |",
+        "| --- | --: | --: |",
+        "| one | 1000 (1.500) | 1000 (1.500) |",
+        "| two | 2000 (3.000) | 500 (0.750) |",
+        "| library | 667 | 667 |",
+    ]
+    assert lines[7].startswith("TFLOP/s (× the library); ")
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_attention_forward_as_it_stands(tmp_path: Path) -> None:
+    """No spill, no note of ptxas, all products on the tensor cores."""
+    name, study = load("attention_forward")
+    built = build.build(name, study, {"plain": Variant()}, tmp_path, jobs=1).variants["plain"]
+    assert not built.failed and not built.notes
+    (kernel,) = built.kernels
+    assert kernel.spilled == kernel.stack == 0
+    assert built.hgmma in (None, 32)  # first scores, scores and values of a step, last values
+
+
+@needs_nvcc
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_deadlock_is_reported(tmp_path: Path) -> None:
+    """The watchdog says who waits for what; who does not hang is measured all the same."""
+    _, study = load("attention_forward")
+    variants = {name: study.variants[name] for name in ("dynamic", "deadlock")}
+    build.build("attention_forward", study, variants, tmp_path / "attention_forward", jobs=2)
+    out = tmp_path / "out.json"
+    case = study.cases[0].label
+    done = command("run", "attention_forward", "--folder", str(tmp_path), "--json", str(out), "--cases", case)
+    assert done.returncode == 1, done.stdout + done.stderr
+    problems = {name: variant["problem"] for name, variant in json.loads(out.read_text())["variants"].items()}
+    assert problems["dynamic"] == ""
+    assert "no end after 10 s; watchdog: block 0 thread 0 and " in problems["deadlock"]
+    (row,) = read(out).rows
+    assert "dynamic" in row.ms and torch.cuda.get_device_name() == read(out).gpu
