@@ -131,7 +131,7 @@ def build(name: str, study: Study, variants: Mapping[str, Variant], folder: Path
     """All of `variants`, with and without the watchdog; a variant that does not compile says so in its place."""
     if not CSRC.is_dir():
         raise UsageError(f"kernels are built from a checkout: there is no {CSRC}")
-    compiler = find_nvcc()
+    compiler, result = find_nvcc(), Build(study=name, commit=commit())
     folder = folder.resolve()  # sources are included by their paths
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.so"):
@@ -141,8 +141,7 @@ def build(name: str, study: Study, variants: Mapping[str, Variant], folder: Path
         return _build(compiler, study, variant, variants[variant], folder)
 
     with ThreadPoolExecutor(jobs) as pool:
-        built = dict(zip(variants, pool.map(one, variants), strict=True))
-    result = Build(study=name, commit=commit(), variants=built)
+        result.variants = dict(zip(variants, pool.map(one, variants), strict=True))
     result.write(folder)
     return result
 
