@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmoe_train.bench.documents import documents
 from flashmoe_train.bench.results import Row, here, read
 from flashmoe_train.bench.variants import Variant, build, load
 from flashmoe_train.bench.variants.build import Build, Built, CompileError, Kernel
 from flashmoe_train.bench.variants.run import Measured, Outcome
+from flashmoe_train.documents import documents
 from flashmoe_train.errors import UsageError
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
