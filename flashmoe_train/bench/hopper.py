@@ -33,7 +33,7 @@ def grid(rows: Sequence[Row]) -> list[list[str]]:
     """The table of facts of one kind, headings first."""
     facts = [(row.label.partition(": ")[2], _values(row)) for row in rows]
     columns = list(dict.fromkeys(name for _, values in facts for name in values))
-    lines = [[unit(rows), *columns]]
+    lines = [["case", *columns]]
     for label, values in facts:
         numbers = (values[name] for name in columns)
         lines.append([label, *(f"{x:.0f}" if x >= 1000 else f"{x:.3g}" for x in numbers)])
@@ -104,8 +104,9 @@ def main(json: Annotated[Path | None, typer.Option(help="A file for the results.
         results = measure()
     console = new_console()
     for kind in _UNITS:
-        heading, *lines = grid([row for row in results.rows if row.case["table"] == kind])
-        table = Table(*heading, box=box.SIMPLE)
+        rows = [row for row in results.rows if row.case["table"] == kind]
+        heading, *lines = grid(rows)
+        table = Table(*heading, title=unit(rows), title_justify="left", box=box.SIMPLE)
         for line in lines:
             table.add_row(*line)
         console.print(table, highlight=False)

@@ -22,7 +22,8 @@ def test_facts_are_read_kept_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     hopper.measure().write(tmp_path / "facts.json")
     rows = read(tmp_path / "facts.json").rows
-    assert hopper.grid(rows[:1]) == [["GB/s of float32 terms", "red.v4", "store.v4"], ["8 MB", "3790", "4790"]]
+    assert hopper.grid(rows[:1]) == [["case", "red.v4", "store.v4"], ["8 MB", "3790", "4790"]]
+    assert hopper.unit(rows[:1]) == "GB/s of float32 terms"
     assert hopper.grid(rows[1:2])[1] == ["all", "8.24e-05"]
     assert len(hopper.grid(rows[2:])) == 1 + 7
 
