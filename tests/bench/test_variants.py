@@ -1,21 +1,24 @@
 """Variants of a kernel: what is read of a build, and that one which hangs, crashes or is wrong costs itself alone."""
 
+import ctypes
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from flashmoe_train.bench.results import Row, here, read
-from flashmoe_train.bench.variants import Variant, build, load
+from flashmoe_train.bench.variants import Variant, build, load, studies
 from flashmoe_train.bench.variants.build import Build, Built, CompileError, Kernel
 from flashmoe_train.bench.variants.run import Measured, Outcome
 from flashmoe_train.documents import documents
 from flashmoe_train.errors import UsageError
+from flashmoe_train.ops.attention.reference import reference_forward
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 needs_nvcc = pytest.mark.skipif(not shutil.which(os.environ.get("CUDACXX", "nvcc")), reason="needs nvcc")
@@ -118,6 +121,14 @@ def test_text_to_replace_is_there_once() -> None:
             build.edited(text, variant)
 
 
+@pytest.mark.parametrize("name", studies())
+def test_edits_fit_their_source(name: str) -> None:
+    _, study = load(name)
+    text = (build.CSRC / study.source).read_text()
+    for variant in study.variants.values():
+        assert build.edited(text, variant) != text or not variant.edits
+
+
 def test_studies_are_found_by_name_and_by_file(tmp_path: Path) -> None:
     assert load("attention_forward")[1].function == "attention_forward"
     (tmp_path / "twice.py").write_text(STUDY)
@@ -216,16 +227,57 @@ def test_table_for_documents(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
+def tensor(address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What is there in memory."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = (ctypes.c_char * (elements * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+
+
+@pytest.mark.parametrize("wrong", ["", "one element of out", "one element of lse", "a row beyond out"])
+@pytest.mark.parametrize("number", range(6, 18))
+def test_check_of_attention_forward(number: int, wrong: str) -> None:
+    """With a launch that computes on the CPU from what it finds in Params. What is wrong with it is seen."""
+    _, study = load("attention_forward")
+    case = study.checks[number]
+
+    def launch(p: Any) -> None:
+        q, k, v, out = (
+            tensor(getattr(p, name), (p.batch, rows, heads, p.dim), strides, torch.bfloat16)
+            for name, rows, heads in (("q", p.queries, p.heads), ("k", p.keys, p.kv_heads), ("v", p.keys, p.kv_heads),
+                                      ("out", p.queries + 1, p.heads))
+            for strides in [(*(getattr(getattr(p, f"{name}_strides"), d) for d in ("batch", "row", "head")), 1)]
+        )  # fmt: skip
+        shape = (p.batch, p.heads, p.queries)
+        lse = tensor(p.lse, shape, (shape[1] * shape[2], shape[2], 1), torch.float32)
+        mask = (p.scale, -1, 0 if p.causal else -1, None, None, True)
+        out[:, :-1], lse[:] = reference_forward(q.float(), k.float(), v.float(), *mask)
+        if wrong == "one element of out":
+            out[0, 0, 0, 5] += 0.3
+        elif wrong == "one element of lse":
+            lse[0, 0, -1] += 0.01
+        elif wrong:
+            out[0, -1, 0, 5] = 0
+
+    trial = study.prepare(case, torch.device("cpu"))
+    error = trial.error(trial.run(launch)())
+    assert (error <= trial.error_bound) == (not wrong), (case.label, error)
+
+
 @needs_nvcc
 @pytest.mark.slow
 def test_attention_forward_as_it_stands(tmp_path: Path) -> None:
-    """No spill, no note of ptxas, all products on the tensor cores."""
+    """No spill, no note of ptxas, all products on the tensor cores; a missing fence would be noted."""
     name, study = load("attention_forward")
-    built = build.build(name, study, {"plain": Variant()}, tmp_path, jobs=1).variants["plain"]
-    assert not built.failed and not built.notes
-    (kernel,) = built.kernels
+    twice = "      wgmma_fence();\n      multiply_values"
+    variants = {"plain": Variant(), "unfenced": Variant(edits=[(twice, "      multiply_values")])}
+    built = build.build(name, study, variants, tmp_path, jobs=2).variants
+    assert not built["plain"].failed and not built["plain"].notes
+    (kernel,) = built["plain"].kernels
     assert kernel.spilled == kernel.stack == 0
-    assert built.hgmma in (None, 32)  # first scores, scores and values of a step, last values
+    # First scores; scores and values of a step, with and without a mask; last values.
+    assert built["plain"].hgmma in (None, 6 * 8)
+    assert [note[:5] for note in built["unfenced"].notes] == ["C7519"] * len(built["unfenced"].notes) != []
 
 
 @needs_nvcc

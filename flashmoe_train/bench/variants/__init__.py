@@ -63,6 +63,11 @@ class Study:
     rate: Literal["tflops", "gb_per_s"] = "tflops"
 
 
+def studies() -> list[str]:
+    """The modules of this folder that are one."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\nSTUDY = " in path.read_text())
+
+
 def load(name: str) -> tuple[str, Study]:
     """A study and what it is called, by the name of a module here or the path of a file."""
     if name.endswith(".py"):
@@ -73,7 +78,6 @@ def load(name: str) -> tuple[str, Study]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return path.stem, module.STUDY
-    known = [path.stem for path in Path(__file__).parent.glob("[!_]*.py") if "\nSTUDY = " in path.read_text()]
-    if name not in known:
-        raise UsageError(f"no study is called {name!r}; {nearest(name, known, 'there are ')}")
+    if name not in studies():
+        raise UsageError(f"no study is called {name!r}; {nearest(name, studies(), 'there are ')}")
     return name, importlib.import_module(f"{__name__}.{name}").STUDY
