@@ -14,7 +14,8 @@ import torch
 
 from flashmoe_train.bench.results import Row, here, read
 from flashmoe_train.bench.variants import Variant, build, load, studies
-from flashmoe_train.bench.variants.build import Build, Built, CompileError, Kernel
+from flashmoe_train.bench.variants.build import Build, Built, CompileError
+from flashmoe_train.bench.variants.compiler import Kernel, readings
 from flashmoe_train.bench.variants.run import Measured, Outcome
 from flashmoe_train.documents import documents
 from flashmoe_train.errors import UsageError
@@ -102,10 +103,10 @@ STUDY = Study(
 
 
 def test_readings_of_a_build() -> None:
-    kernels, notes = build.readings(LOG)
+    kernels, notes = readings(LOG)
     assert kernels == [
-        Kernel(name="_Z7forward4Work", registers=168, stack=72, spilled=128),
-        Kernel(name="_Z5clear4Work", registers=16, stack=0, spilled=0),
+        Kernel(name="_Z7forward4Work", architecture="sm_90a", registers=168, stack=72, spilled=128),
+        Kernel(name="_Z5clear4Work", architecture="sm_90a", registers=16, stack=0, spilled=0),
     ]
     (note,) = notes
     assert note.startswith("C7512") and "serialized" in note
@@ -158,7 +159,7 @@ def test_each_variant_stands_alone(tmp_path: Path) -> None:
     index = Build(study="twice", commit="abc1234")
     modes = {"right": 0, "crash": 1, "hang": 2, "refuse": 3, "wrong": 4}
     for name, mode in modes.items():
-        index.variants[name] = Built(definitions={"MODE": str(mode)}, kernels=build.readings(LOG)[0], hgmma=32)
+        index.variants[name] = Built(definitions={"MODE": str(mode)}, kernels=readings(LOG)[0], hgmma=32)
         for watchdog, mode_here in ((False, mode), *([(True, 0)] if name == "hang" else [])):
             options = [f"-DMODE={mode_here}", *["-DWATCHDOG"] * watchdog]
             target = build.library(folder, name, watchdog)
@@ -211,7 +212,7 @@ def test_table_for_documents(tmp_path: Path) -> None:
         rates = {name: 1000 / x for name, x in ms.items()}
         measured.rows.append(Row(case={"label": label}, label=label, ms=ms, tflops=rates))
     measured.write(tmp_path / "docs/results/gpu/variants_twice.json")
-    (tmp_path / "README.md").write_text("<!-- results: gpu/variants_twice * -->\n<!-- end of results -->\n")
+    (tmp_path / "README.md").write_text("<!-- results: gpu/variants_twice * -->\n<!-- end of table -->\n")
     ((_, text),) = documents(tmp_path)
     lines = text.splitlines()
     assert lines[1:6] == [

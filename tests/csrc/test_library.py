@@ -2,7 +2,6 @@
 
 import csv
 import ctypes
-import importlib.util
 import os
 import re
 import shutil
@@ -11,11 +10,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
+from flashmoe_train.bench.variants.compiler import machine_code, readings
 from tests.csrc.test_hopper import Library, bad_maps
 
 ROOT = Path(__file__).parents[2]
@@ -23,12 +22,6 @@ pytestmark = pytest.mark.slow
 needs_nvcc = pytest.mark.skipif(
     not (shutil.which(os.environ.get("CUDACXX", "nvcc")) and shutil.which("cmake")), reason="needs nvcc and cmake"
 )
-
-
-class Kernel(NamedTuple):
-    name: str
-    architecture: str
-    spilled: int  # bytes of stores and loads
 
 
 def build(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
@@ -62,17 +55,9 @@ def hopper_library(built: tuple[Path, str]) -> Path:
     return built[0].with_name("libflashmoe_hopper_test.so")
 
 
-def kernels(log: str) -> list[Kernel]:
-    """What ptxas says of every kernel (nvcc --resource-usage)."""
-    found = re.findall(
-        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", log, re.S
-    )
-    return [Kernel(name, architecture, int(stores) + int(loads)) for name, architecture, stores, loads in found]
-
-
 @needs_nvcc
 def test_no_kernel_spills(built: tuple[Path, str]) -> None:
-    found = kernels(built[1])
+    found, _notes = readings(built[1])
     names = "\n".join(kernel.name for kernel in found)
     assert all(
         name in names
@@ -94,20 +79,12 @@ def test_compiler_has_nothing_to_say(built: tuple[Path, str]) -> None:
     assert not re.findall(r".*(?:\bwarning\b|\bC75\d\d\b).*", built[1])
 
 
-def machine_code(library: Path) -> dict[str, str]:
-    """Of every kernel, by its name. Triton's package carries the tool, which not every CUDA installation does."""
-    triton = importlib.util.find_spec("triton")
-    tool = triton and Path(triton.origin or "").parent / "backends/nvidia/bin/cuobjdump"
-    command = [tool if tool and tool.exists() else "cuobjdump", "--dump-sass", library]
-    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    functions = dump.split("Function : ")[1:]
-    return {function.split(maxsplit=1)[0]: function for function in functions}
-
-
 @needs_nvcc
 def test_products_run_on_the_tensor_cores(built: tuple[Path, str]) -> None:
     """One instruction for every 16 of K: no wait between those of a batch, nothing in local memory."""
-    found = {name: code for name, code in machine_code(hopper_library(built)).items() if "wgmma_kernel" in name}
+    dump = machine_code(hopper_library(built))
+    assert dump is not None, "there is no cuobjdump, neither CUDA's nor Triton's"
+    found = {name: code for name, code in dump.items() if "wgmma_kernel" in name}
     assert len(found) == 2 * 9 * 6  # types, N, operands
     for name, code in found.items():
         products = re.findall(r"\b(?:HGMMA\b.*|WARPGROUP\.DEPBAR)", code)

@@ -1,10 +1,7 @@
 """Builds a study's variants and reads what the compiler says of them."""
 
-import importlib.util
-import os
 import re
 import shlex
-import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -16,6 +13,7 @@ from pydantic import BaseModel
 
 from flashmoe_train.bench.results import commit
 from flashmoe_train.bench.variants import Study, Variant
+from flashmoe_train.bench.variants.compiler import Kernel, find_nvcc, machine_code, readings
 from flashmoe_train.errors import UsageError
 
 ROOT = Path(__file__).parents[3]
@@ -68,15 +66,6 @@ extern "C" int watchdog_records() {{ return flashmoe::hopper::HANGS; }}
 extern "C" const void* watchdog() {{ return flashmoe::hopper::watchdog(); }}
 #endif
 """
-
-
-class Kernel(BaseModel):
-    """What ptxas says of one."""
-
-    name: str
-    registers: int  # of a thread at launch
-    stack: int  # bytes
-    spilled: int  # bytes of stores and loads
 
 
 class Built(BaseModel):
@@ -160,7 +149,8 @@ def _build(compiler: str, study: Study, name: str, variant: Variant, folder: Pat
         log = _compile(compiler, driver, definitions, library(folder, name))
         built.seconds = round(time.perf_counter() - begin, 1)
         built.kernels, built.notes = readings(log)
-        built.hgmma = count_hgmma(library(folder, name))
+        code = machine_code(library(folder, name))
+        built.hgmma = None if code is None else sum(len(re.findall(r"\bHGMMA\b", one)) for one in code.values())
         _compile(compiler, driver, definitions | {"FLASHMOE_WATCHDOG": "1"}, library(folder, name, watchdog=True))
     except CompileError as error:
         built.failed = str(error)
@@ -188,39 +178,3 @@ def _compile(compiler: str, source: Path, definitions: Mapping[str, str], target
         first = re.search(r"\berror\b.*", done.stdout)
         raise CompileError(first[0] if first else f"nvcc ended with {done.returncode}")
     return done.stdout
-
-
-def readings(log: str) -> tuple[list[Kernel], list[str]]:
-    """Every kernel in the output of `nvcc --resource-usage`, and what ptxas notes."""
-    found = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
-        r"loads.*?Used (\d+) registers",
-        log,
-        re.S,
-    )
-    kernels = [
-        Kernel(name=name, registers=int(registers), stack=int(stack), spilled=int(stores) + int(loads))
-        for name, stack, stores, loads, registers in found
-    ]
-    return kernels, re.findall(r"\bC75\d\d\b.*", log)
-
-
-def find_nvcc() -> str:
-    """As CMakeLists.txt does."""
-    found = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if not found:
-        raise UsageError("no nvcc found (set CUDACXX to point at one)")
-    return found
-
-
-def count_hgmma(path: Path) -> int | None:
-    """wgmma instructions in a library's machine code; Triton's package has a disassembler where CUDA's is missing."""
-    triton = importlib.util.find_spec("triton")
-    folders = [
-        str(Path(place) / "backends/nvidia/bin") for place in (triton and triton.submodule_search_locations) or ()
-    ]
-    tool = shutil.which("cuobjdump", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
-    if tool is None:
-        return None
-    sass = subprocess.run([tool, "--dump-sass", str(path)], capture_output=True, text=True)
-    return len(re.findall(r"\bHGMMA\b", sass.stdout)) if sass.returncode == 0 else None
