@@ -10,8 +10,8 @@ ARGS ?=
 train: kernels
 	$(BIN)/flashmoe train quickstart $(ARGS)
 
-# Where there is a GPU, csrc/hopper is tested on it.
-SELF_TEST := $(if $(wildcard /dev/nvidia0),self-test)
+# Where there are a GPU and nvcc, csrc/hopper is tested on it.
+SELF_TEST := $(if $(wildcard /dev/nvidia0),$(if $(or $(CUDACXX),$(shell command -v nvcc)),self-test))
 
 test: kernels $(SELF_TEST)
 	$(BIN)/pytest -m "not slow" $(ARGS)
@@ -42,12 +42,12 @@ kernels: .venv/installed
 		echo "csrc is newer than $(LIBRARY), and there is no nvcc to compile it: set CUDACXX, or delete the library"; exit 1; \
 	fi
 
-self-test: .venv/installed
+self-test: kernels
 	cmake -S csrc -B build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	cmake --build build --parallel --target flashmoe_hopper_test
 
 # What flashmoe_train.bench.hopper measures with.
-facts: .venv/installed
+facts: kernels
 	cmake -S csrc -B build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	cmake --build build --parallel --target flashmoe_hopper_throughput flashmoe_hopper_races
 

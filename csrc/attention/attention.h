@@ -2,8 +2,8 @@
 //
 //   B batch    S queries    L keys    H heads    G heads of keys, each for H / G heads of queries    D head dim
 //
-// Every tensor has a contiguous last dimension; its other strides are free but for TMA's rule: multiples of 16 bytes,
-// as its address.
+// Every tensor has a contiguous last dimension; its other strides are free but for TMA's rule: multiples of 16 bytes, as its
+// address, and not 0 (an expanded tensor has to be copied).
 #pragma once
 
 #include <cstdint>

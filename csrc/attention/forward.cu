@@ -163,8 +163,11 @@ struct Softmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       high[r] = quad_max(high[r]);
-      shift[r] = high[r] == -INFINITY ? 0.f : high[r] * scale;
-      rescale[r] = exp2_fast(max[r] * scale - shift[r]);
+      const float seen = high[r] == -INFINITY ? 0.f : high[r];
+      shift[r] = seen * scale;
+      // The difference first: where no maximum grows this is 1 exactly. The rounding of max * scale, which is the same in
+      // every step, would add up over them.
+      rescale[r] = exp2_fast((max[r] - seen) * scale);
       max[r] = high[r];
       sum[r] *= rescale[r];
     }
@@ -263,7 +266,8 @@ __device__ void consume(const Work& w, Shared& shared, int warpgroup) {
       if constexpr (decltype(masked)::value) mask(s, seen, i * Sizes::KEYS + fragment_column(thread));
       softmax.raise_maxima(s, rescale);
 
-      // Not later: exponentials beside the warpgroup's own products cost 5 %; the other's products hide them.
+      // Not later: exponentials beside the warpgroup's own products cost 3 to 5 %; the other's products hide them. ptxas
+      // puts this between the maxima of the two queries.
       wgmma_wait<0>();
       pin(o);
       pin(p);
@@ -288,6 +292,7 @@ __device__ void consume(const Work& w, Shared& shared, int warpgroup) {
     wgmma_commit();
     wgmma_wait<0>();
     pin(o);
+    pin(p);
     if (speaks) shared.v_ring.release(v_step);
     v_step.next();
 
@@ -362,7 +367,8 @@ CUtensorMap map_of(const char* name, const void* base, AttentionStrides strides,
 // -------------------------------------------------------------------------------------------------------------- launch
 
 cudaError_t attention_forward(const AttentionForwardParams& p, cudaStream_t stream) {
-  if (p.dim != Sizes::DIM || p.keys < 1 || p.kv_heads < 1 || p.heads % p.kv_heads) return cudaErrorInvalidValue;
+  if (p.dim != Sizes::DIM || p.keys < 1 || p.kv_heads < 1 || p.heads % p.kv_heads || !(p.scale > 0))
+    return cudaErrorInvalidValue;
   if (p.batch == 0 || p.queries == 0 || p.heads == 0) return cudaSuccess;
   Work w{};
   w.q = map_of("q", p.q, p.q_strides, p.batch, p.queries, p.heads, Sizes::QUERIES);
@@ -376,7 +382,8 @@ cudaError_t attention_forward(const AttentionForwardParams& p, cudaStream_t stre
   w.tiles = w.rows * w.tiles_per_row;
   // Tiles of one length have no better order than that of memory.
   const int64_t kv_bytes = int64_t(p.keys) * Sizes::DIM * 2 * sizeof(T);  // k and v of a group
-  w.rows_together = p.causal ? int(std::clamp<int64_t>(Sizes::CACHED / kv_bytes * w.group, 1, w.rows)) : 1;
+  const int64_t cached_rows = std::max<int64_t>(Sizes::CACHED / kv_bytes, 1) * w.group;
+  w.rows_together = p.causal ? int(std::min<int64_t>(cached_rows, w.rows)) : 1;
   w.scale = p.scale, w.causal = p.causal;
 
   int device = 0, multiprocessors = 0;

@@ -28,7 +28,7 @@ __host__ __device__ __forceinline__ constexpr uint32_t tile_offset(int rows, int
 }
 
 // By every thread that wrote tiles by ordinary stores, stmatrix or copy_async, then a barrier; after it wgmma or a TMA
-// store may read them. Likewise between ordinary accesses and the TMA load that overwrites what they touched.
+// store may read them. Likewise between ordinary stores and the TMA load that overwrites them; reads need a barrier only.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Four 8 x 8 matrices: lane l brings the address of 16 bytes, row l % 8 of matrix l / 8.

@@ -1,8 +1,8 @@
 // Turns a kernel that hangs into a report, in builds with -DFLASHMOE_WATCHDOG: a wait on a barrier in shared memory that
 // lasts too long notes where it is, in memory that the host can read, and goes on with whatever data is there.
 //
-// Results of such a run are worthless. Control flow stays as it was, so named barriers, which cannot be watched, are passed
-// as often as in a healthy run. Not a trap: with one, ptxas drops the register budget of setmaxnreg, spills and serialises.
+// Results of such a run are worthless. Control flow stays as it was unless it depends on what was waited for, so named
+// barriers, which cannot be watched, are passed as often as in a healthy run. Not a trap: with one, ptxas drops the register budget of setmaxnreg, spills and serialises.
 #pragma once
 
 #include <cstdint>

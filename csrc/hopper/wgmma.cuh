@@ -162,6 +162,27 @@ FLASHMOE_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef FLASHMOE_RS
 #undef FLASHMOE_SS
 #undef FLASHMOE_TEXT
+#undef FLASHMOE_EIGHT
+#undef FLASHMOE_8
+#undef FLASHMOE_16
+#undef FLASHMOE_24
+#undef FLASHMOE_32
+#undef FLASHMOE_40
+#undef FLASHMOE_48
+#undef FLASHMOE_56
+#undef FLASHMOE_64
+#undef FLASHMOE_72
+#undef FLASHMOE_80
+#undef FLASHMOE_88
+#undef FLASHMOE_96
+#undef FLASHMOE_104
+#undef FLASHMOE_112
+#undef FLASHMOE_120
+#undef FLASHMOE_128
+#undef FLASHMOE_NAME
+#undef FLASHMOE_NAME_SEPARATOR
+#undef FLASHMOE_OPERAND
+#undef FLASHMOE_OPERAND_SEPARATOR
 
 // N = 2 * COUNT. `accumulate` is false where d holds nothing yet: the first 16 of K. Nobody has to zero it.
 template <typename T, Major A_MAJOR, Major B_MAJOR, int COUNT>

@@ -54,6 +54,11 @@ extern "C" const char* launch(const Params* p, void*) {
 #elif MODE == 3
   return "x is not what it should be";
 #endif
+  static int launches = 0;
+  ++launches;
+  if (MODE == 5 && launches > 1) return nullptr;
+  if (MODE == 6 && p->count > 150) return "x is too large";
+  for (; MODE == 7 && p->count > 50;) sleep(1);
   for (int64_t i = 0; i < p->count; ++i) p->out[i] = p->x[i] * (MODE == 4 && i == 7 ? 3 : 2);
   return nullptr;
 }
@@ -96,7 +101,7 @@ def prepare(case, device):
 
 STUDY = Study(
     title="Twice", source="twice.cu", function="twice", params=Params,
-    variants={name: Variant() for name in ("right", "crash", "hang", "refuse", "wrong")},
+    variants={name: Variant() for name in ("right", "crash", "hang", "refuse", "wrong", "once", "small", "short")},
     checks=[Case(3), Case(9)], cases=[Case(100), Case(200)], prepare=prepare, rate="gb_per_s",
 )
 """
@@ -157,7 +162,7 @@ def test_each_variant_stands_alone(tmp_path: Path) -> None:
     folder = tmp_path / "built/twice"
     folder.mkdir(parents=True)
     index = Build(study="twice", commit="abc1234")
-    modes = {"right": 0, "crash": 1, "hang": 2, "refuse": 3, "wrong": 4}
+    modes = {"right": 0, "crash": 1, "hang": 2, "refuse": 3, "wrong": 4, "once": 5, "small": 6, "short": 7}
     for name, mode in modes.items():
         index.variants[name] = Built(definitions={"MODE": str(mode)}, kernels=readings(LOG)[0], hgmma=32)
         for watchdog, mode_here in ((False, mode), *([(True, 0)] if name == "hang" else [])):
@@ -179,6 +184,9 @@ def test_each_variant_stands_alone(tmp_path: Path) -> None:
     assert problems.pop("crash") == "3 numbers: its process ended with -6: it breaks"
     assert problems.pop("refuse") == "3 numbers: RuntimeError: x is not what it should be"
     assert problems.pop("wrong").startswith("9 numbers: relative error")
+    assert problems.pop("once") == "3 numbers: relative error nan, allowed 1e-06"  # the second time it writes nothing
+    assert problems.pop("small") == "200 numbers: RuntimeError: x is too large"  # in what is timed alone
+    assert problems.pop("short") == "100 numbers: no end after 2 s"
     assert problems.pop("hang") == (
         "3 numbers: no end after 2 s; watchdog: block 2,1,0 thread 0 at barrier 0x3020 parity 0; "
         "block 5 thread 128 and 1 more warps at barrier 0x3010 parity 1"
@@ -188,7 +196,8 @@ def test_each_variant_stands_alone(tmp_path: Path) -> None:
     results = read(out)
     assert (results.bench, results.commit) == ("variants_twice", "abc1234")
     assert [row.label for row in results.rows] == ["100 numbers", "200 numbers"]
-    assert all(set(row.ms) == set(row.gb_per_s) == {"right", "torch"} and not row.failed for row in results.rows)
+    assert [set(row.ms) for row in results.rows] == [{"right", "small", "torch"}, {"right", "torch"}]
+    assert all(set(row.ms) == set(row.gb_per_s) and not row.failed for row in results.rows)
     for text in ("168/16", "GB/s", " torch", "block 5 thread 128", "it breaks", "32"):
         assert text in done.stdout
     assert "TFLOP/s" not in done.stdout
@@ -199,6 +208,8 @@ def test_each_variant_stands_alone(tmp_path: Path) -> None:
     assert read(out).command.endswith("twice.py --only right --cases '200*'")
     done = command("run", study, *options, "--only", "rihgt")
     assert done.returncode == 2 and "there are right, crash" in done.stderr
+    done = command("run", study, *options, "--cases", "300*")
+    assert done.returncode == 2 and "there are 100 numbers, 200 numbers" in done.stderr
 
 
 def test_table_for_documents(tmp_path: Path) -> None:

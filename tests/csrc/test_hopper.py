@@ -6,6 +6,7 @@ here once more, from the layout's definition.
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "build/libflashmoe_hopper_test.so"
-BUILD = "make self-test, or cmake -S csrc -B build -DPython_EXECUTABLE=$(which python3) && cmake --build build"
+BUILD = "make self-test"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,6 +39,8 @@ class Library:
 @pytest.fixture(scope="module")
 def library() -> Library:
     if not LIBRARY.exists():
+        if not shutil.which(os.environ.get("CUDACXX") or "nvcc"):
+            pytest.skip("there is no nvcc to build it with")
         pytest.fail(f"{LIBRARY} is not built: {BUILD}")
     return Library(LIBRARY)
 

@@ -70,6 +70,8 @@ def run(
         built = builds.read(folder / name)
         names = _matching([*built.variants], only)
         timed = [case for case in what.cases if fnmatchcase(case.label, cases)]
+        if not timed:
+            raise UsageError(f"no case matches {cases!r}; there are {', '.join(case.label for case in what.cases)}")
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     measured = runs.run(runs.Runner(study, what, folder / name, where, limit), built, names, timed, jobs)
     options = [("--only", only), ("--cases", cases)]

@@ -45,10 +45,12 @@ class Ragged(Case):
     """A check: queries and keys of different lengths, in views of a larger tensor whose other elements are NaN."""
 
     keys: int = 0
+    kind: str = ""  # "loud": scores in the hundreds; "equal": and all keys the same
 
     @property
     def label(self) -> str:
-        return f"{'causal' if self.causal else 'full'} b{self.b} s{self.s}:{self.keys} h{self.h}:{self.h_kv}"
+        mask = "causal" if self.causal else "full"
+        return f"{mask} b{self.b} s{self.s}:{self.keys} h{self.h}:{self.h_kv} {self.kind}".rstrip()
 
 
 CHECKS = [
@@ -59,6 +61,8 @@ CHECKS = [
     )
     for causal in (False, True)
 ]  # fmt: skip
+# What small errors of every step add up to.
+CHECKS += [Ragged(b=1, s=256, h=2, h_kv=2, d=128, causal=True, keys=8192, kind=kind) for kind in ("loud", "equal")]
 CASES = [Case(b=16 // k, s=1024 * k, h=16, d=128, causal=causal) for causal in (False, True) for k in (1, 4, 8, 16)]
 
 
@@ -83,6 +87,10 @@ def _prepare(case: Case, device: torch.device) -> Trial:
     keys = case.keys if isinstance(case, Ragged) else case.s
     q = _tensor(case.b, case.s, case.h, device, ragged)[0].normal_()
     k, v = (_tensor(case.b, keys, case.h_kv, device, ragged)[0].normal_() for _ in range(2))
+    if isinstance(case, Ragged) and case.kind:
+        q.mul_(300)
+    if isinstance(case, Ragged) and case.kind == "equal":
+        k.copy_(k[:, :1].expand_as(k))
     mask = (case.d**-0.5, -1, 0 if case.causal else -1, None, None, True)
     out, lse = reference_forward(q.double(), k.double(), v.double(), *mask)
 
@@ -133,7 +141,7 @@ _SELF_RESET = (
     ),
     ("if (const cudaError_t error = cudaMemsetAsync(p.next_tile, 0, sizeof *p.next_tile, stream)) return error;", ";"),
 )
-# o is scaled only where a maximum of the warp has grown, which is seldom.
+# o is scaled only where a maximum of the warp has grown.
 _RESCALE_ASKED = (
     (
         "#pragma unroll\n      for (int j = 0; j < Sizes::DIM / 2; ++j) o[j] *= rescale[j / 2 % 2];\n",
@@ -213,6 +221,7 @@ STUDY = Study(
         "not_uniform": Variant(edits=[("__shfl_sync(0xffffffff, threadIdx.x / 128, 0)", "threadIdx.x / 128")]),
         "cached_16": Variant(edits=[("CACHED = 32 <<", "CACHED = 16 <<")]),
         "full_cached_32": Variant(edits=[("w.rows_together = p.causal ? ", "w.rows_together = true ? ")]),
+        "out_in_q": Variant(edits=_OUT_IN_Q),
         "stages_3": Variant(edits=_STAGES_3),
         "keys_176": Variant(edits=_KEYS_176),
         "keys_176_no_turns": Variant(edits=(*_KEYS_176, *_NO_TURNS)),

@@ -57,7 +57,7 @@ def machine_code(library: Path) -> dict[str, str] | None:
 
 
 def find_nvcc() -> str:
-    """As CMakeLists.txt does."""
+    """CUDACXX, or the one on PATH, or CUDA's usual place."""
     found = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if not found:
         raise UsageError("no nvcc found (set CUDACXX to point at one)")

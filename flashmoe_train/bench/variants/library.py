@@ -20,7 +20,8 @@ class Hang(NamedTuple):
 
 
 def summary(hangs: Sequence[Hang]) -> str:
-    """For every barrier and parity that was waited for the first who did, and how many more."""
+    """For every barrier and parity that was waited for the first who did, and how many more, of those that the watchdog
+    had room for."""
     waiting: dict[tuple[int, int], list[Hang]] = {}
     for hang in hangs:
         waiting.setdefault((hang.barrier, hang.parity), []).append(hang)

@@ -1,5 +1,6 @@
 """Runs a study's variants, each in processes of its own, and shows what came out in one table."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from flashmoe_train.bench.results import EVERYBODY, Results, Row, here
 from flashmoe_train.bench.variants import Study, build, worker
 from flashmoe_train.bench.variants.build import Build, Built
 from flashmoe_train.bench.variants.library import summary
-from flashmoe_train.bench.variants.worker import Verdict
+from flashmoe_train.bench.variants.worker import Timing, Verdict
 
 START = 120  # seconds for what is not launching: imports, the first use of the GPU, references
 TIMING = 420  # seconds that all timing may take
@@ -40,6 +41,15 @@ class Measured(Results):
     """What `run` writes. In the rows every variant is an implementation."""
 
     variants: dict[str, Outcome] = Field(default_factory=dict)
+
+
+@dataclass
+class Timed:
+    """What came of timing several variants."""
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    lost: dict[str, str] = dataclasses.field(default_factory=dict)  # variants that did not get through, and why
+    problem: str = ""  # with all of it
 
 
 @dataclass(frozen=True)
@@ -66,39 +76,50 @@ class Runner:
     def _check(self, name: str, cases: Sequence[Case], watchdog: bool) -> Verdict:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "verdict.json"
-            problem = self._start([name], cases, out, watchdog, self.limit, self.limit + START)
+            problem = self._start([name], cases, out, self.limit + START, watchdog=watchdog)
             verdict = Verdict.model_validate_json(out.read_bytes()) if out.exists() else Verdict()
         if problem and not verdict.hung:
             verdict.problem = problem
         return verdict
 
-    def measure(self, names: Sequence[str], cases: Sequence[Case]) -> tuple[list[Row], str]:
-        """The rows of all cases, of fewer if something went wrong: then also what."""
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "rows.json"
-            problem = self._start(names, cases, out, watchdog=False, limit=None, timeout=TIMING)
-            rows = json.loads(out.read_bytes()) if out.exists() else []
-        return [Row.model_validate(row) for row in rows], problem
+    def measure(self, names: Sequence[str], cases: Sequence[Case]) -> Timed:
+        """Rows of all cases, as far as nothing but a variant goes wrong: the others go on without that."""
+        timed = Timed()
+        left = list(names)
+        while left and cases:
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "timing.json"
+                problem = self._start(left, cases, out, TIMING, timed=True)
+                timing = Timing.model_validate_json(out.read_bytes()) if out.exists() else Timing()
+            timed.rows += timing.rows
+            cases = cases[len(timing.rows) :]
+            if not timing.lost:
+                timed.problem = problem
+                break
+            timed.lost[timing.lost] = f"{cases[0].label}: {timing.problem}"
+            left.remove(timing.lost)
+        return timed
 
     def _start(
         self,
         names: Sequence[str],
         cases: Sequence[Case],
         out: Path,
-        watchdog: bool,
-        limit: float | None,
         timeout: float,
+        watchdog: bool = False,
+        timed: bool = False,
     ) -> str:
         """A process of `worker`; what went wrong with it."""
         order: dict[str, Any] = {
             "study": self.study_name,
             "folder": str(self.folder),
             "out": str(out),
-            "device": self.device.type,
+            "device": str(self.device),
             "variants": list(names),
             "cases": [case.label for case in cases],
             "watchdog": watchdog,
-            "limit": limit,
+            "timed": timed,
+            "limit": self.limit,
         }
         command = [sys.executable, "-m", worker.__name__, json.dumps(order)]
         try:
@@ -120,13 +141,15 @@ def run(runner: Runner, built: Build, names: Sequence[str], cases: Sequence[Case
             for name, problem in zip(names, checked, strict=True)
         }
     right = [name for name in names if not outcomes[name].problem]
-    rows, problem = runner.measure(right, cases) if cases else ([], "")
+    timed = runner.measure(right, cases)
+    for name, problem in timed.lost.items():
+        outcomes[name].problem = problem
     about = here(f"variants_{built.study}", "", runner.device).model_dump()
     measured = Measured(**about | {"commit": built.commit}, variants=outcomes)
-    measured.rows = rows
-    if problem:
-        case = cases[len(rows)] if len(rows) < len(cases) else cases[-1]
-        measured.rows.append(Row(case=case.as_json(), label=case.label, failed={EVERYBODY: f"timing: {problem}"}))
+    measured.rows = timed.rows
+    if timed.problem:
+        case = cases[min(len(timed.rows), len(cases) - 1)]
+        measured.rows.append(Row(case=case.as_json(), label=case.label, failed={EVERYBODY: f"timing: {timed.problem}"}))
     return measured
 
 

@@ -18,8 +18,8 @@ from pydantic import BaseModel
 
 from flashmoe_train.bench.measure import Case, Contender, OperatorBench, Problem, free, reason
 from flashmoe_train.bench.results import Row
-from flashmoe_train.bench.timing import Stopwatch
-from flashmoe_train.bench.variants import Study, build, load
+from flashmoe_train.bench.timing import Run, Stopwatch
+from flashmoe_train.bench.variants import Study, Trial, build, load
 from flashmoe_train.bench.variants.library import Hang, Library
 
 
@@ -30,6 +30,14 @@ class Verdict(BaseModel):
     problem: str = "its process ended there"  # empty: all cases are right
     hung: bool = False
     hangs: list[Hang] = []  # of the watchdog
+
+
+class Timing(BaseModel):
+    """Of several variants."""
+
+    rows: list[Row] = []  # of the first cases
+    lost: str = ""  # a variant that did not get through the next case
+    problem: str = ""  # with it
 
 
 def check(study: Study, library: Library, cases: list[Case], limit: float, out: Path) -> Verdict:
@@ -50,9 +58,9 @@ def check(study: Study, library: Library, cases: list[Case], limit: float, out: 
             try:
                 with deadline(limit, hang):
                     result = run()
-                    if library.device.type == "cuda":
-                        torch.cuda.synchronize(library.device)
+                    synchronize(library.device)
                 error = trial.error(result)
+                poison(result)
             except RuntimeError as failure:
                 return Verdict(case=case.label, problem=reason(failure), hangs=library.hangs())
             if hangs := library.hangs():
@@ -76,22 +84,64 @@ def deadline(seconds: float, expired: Any) -> Iterator[None]:
         timer.cancel()
 
 
-def measure(study: Study, libraries: dict[str, Library], cases: list[Case], device: torch.device, out: Path) -> None:
-    """Writes a row for every case: the variants and the baselines in turns, each checked before it is timed."""
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def poison(result: Any) -> None:
+    """NaN into every tensor of a result: the next run must write it all again."""
+    for x in (result,) if isinstance(result, torch.Tensor) else result:
+        x.fill_(float("nan"))
+
+
+def measure(
+    study: Study,
+    libraries: dict[str, Library],
+    cases: list[Case],
+    device: torch.device,
+    limit: float,
+    out: Path,
+) -> None:
+    """Writes a row for every case: the variants and the baselines in turns, each checked before it is timed. A variant
+    whose first launch hangs or fails ends the process, since it may have broken the device for all."""
+    timing = Timing()
+
+    def lose(name: str, problem: str) -> None:
+        timing.lost, timing.problem = name, problem
+        out.write_text(timing.model_dump_json())
+        os._exit(1)
+
+    def contender(name: str, trial: Trial) -> Run:
+        run = trial.run(libraries[name].launch)
+        watched = True
+
+        def once() -> Any:
+            nonlocal watched
+            if not watched:
+                return run()
+            watched = False
+            try:
+                with deadline(limit, partial(lose, name, f"no end after {limit:g} s")):
+                    result = run()
+                    synchronize(device)
+            except RuntimeError as failure:
+                lose(name, reason(failure))
+            return result
+
+        return once
 
     def prepare(case: Any, device: torch.device) -> Problem:
         trial = study.prepare(case, device)
-        variants: dict[str, Contender] = {
-            name: partial(trial.run, library.launch) for name, library in libraries.items()
-        }
+        variants: dict[str, Contender] = {name: partial(contender, name, trial) for name in libraries}
         contenders = {**variants, **trial.baselines}
         return Problem(contenders, trial.error, trial.error_bound, trial.work, flashmoe_path="", floors={})
 
     bench = OperatorBench(name="", title="", rate=study.rate, standard=(), tiny=(), prepare=prepare)
-    stopwatch, rows = Stopwatch(device), list[Row]()
+    stopwatch = Stopwatch(device)
     for case in cases:
-        rows.append(bench.measure(case, stopwatch))
-        out.write_text(json.dumps([row.model_dump() for row in rows]))
+        timing.rows.append(bench.measure(case, stopwatch))
+        out.write_text(timing.model_dump_json())
 
 
 def main(order: dict[str, Any]) -> None:
@@ -102,8 +152,8 @@ def main(order: dict[str, Any]) -> None:
     libraries = {
         name: Library(build.library(folder, name, order["watchdog"]), study, device) for name in order["variants"]
     }
-    if order["limit"] is None:
-        measure(study, libraries, cases, device, out)
+    if order["timed"]:
+        measure(study, libraries, cases, device, order["limit"], out)
     else:
         (library,) = libraries.values()
         out.write_text(check(study, library, cases, order["limit"], out).model_dump_json())

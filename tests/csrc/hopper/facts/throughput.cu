@@ -109,7 +109,7 @@ void measure_adds() {
 // ------------------------------------------------------------------------------------------------------------------ 2^x
 
 // 2^x without the special-function units, x > -127: the integer part goes to the exponent, a polynomial of degree 3 does
-// the rest, to 1e-4 (bf16 rounds to 4e-3).
+// the rest, to 9e-4 (bf16 rounds to 4e-3).
 __device__ __forceinline__ float exp2_polynomial(float x) {
   x = fmaxf(x, -127.f);
   const float shifted = x + 12582912.f;  // 1.5 * 2^23: the low bits are x, rounded
@@ -144,31 +144,26 @@ __global__ void __launch_bounds__(THREADS, 1) exp2_kernel(float* out, int64_t* c
 }
 
 template <int POLYNOMIAL>
-void measure_exp2(float* out, int64_t* clocks, float& exact) {
+void measure_exp2(float* out, int64_t* clocks) {
   const int rounds = 2000;
   check(launch(exp2_kernel<POLYNOMIAL>, {dim3(multiprocessors()), dim3(THREADS)}, out, clocks, rounds));
   int64_t taken;
-  float sum;
   check(cudaMemcpy(&taken, clocks, sizeof taken, cudaMemcpyDeviceToHost));
-  check(cudaMemcpy(&sum, out, sizeof sum, cudaMemcpyDeviceToHost));
-  if (POLYNOMIAL == 0) exact = sum;
-  const std::string label = std::to_string(POLYNOMIAL) + "/8 by a polynomial";
-  report("exp2", label, "per multiprocessor and clock", double(THREADS) * 16 * rounds / taken);
-  report("exp2", label, "relative error", std::abs(sum / exact - 1));
+  report("exp2", std::to_string(POLYNOMIAL) + "/8 by a polynomial", "per multiprocessor and clock",
+         double(THREADS) * 16 * rounds / taken);
 }
 
 void measure_exp2() {
   float* out = allocate<float>(multiprocessors() * THREADS);
   int64_t* clocks = allocate<int64_t>(multiprocessors());
-  float exact;
-  measure_exp2<0>(out, clocks, exact);
-  measure_exp2<1>(out, clocks, exact);
-  measure_exp2<2>(out, clocks, exact);
-  measure_exp2<3>(out, clocks, exact);
-  measure_exp2<4>(out, clocks, exact);
-  measure_exp2<5>(out, clocks, exact);
-  measure_exp2<6>(out, clocks, exact);
-  measure_exp2<8>(out, clocks, exact);
+  measure_exp2<0>(out, clocks);
+  measure_exp2<1>(out, clocks);
+  measure_exp2<2>(out, clocks);
+  measure_exp2<3>(out, clocks);
+  measure_exp2<4>(out, clocks);
+  measure_exp2<5>(out, clocks);
+  measure_exp2<6>(out, clocks);
+  measure_exp2<8>(out, clocks);
 }
 
 // -------------------------------------------------------------------------------------------------------------- gathers
