@@ -1,7 +1,7 @@
 """What `flashmoe explain` prints: what a recipe comes to, before anything is trained."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -41,4 +41,4 @@ class Explanation:
         for key, value, said_by in self.settings:
             table.add_row(key, escape(str(value)), escape(said_by))
         console.print(table)
-        console.print(self.swaps.table("What would be swapped"))
+        console.print(replace(self.swaps, planned=True).table())

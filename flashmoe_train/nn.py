@@ -9,7 +9,8 @@ dim of an expert, K experts per token.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashmoe_train.ops.attention import attention
-from flashmoe_train.ops.library import accumulation_dtype, compute_dtype
+from flashmoe_train.ops.attention.checks import check_window
+from flashmoe_train.ops.library import accumulation_dtype, compute_dtype, no_autocast
 from flashmoe_train.ops.moe import Routing, ScoreMode, moe, router_topk
 from flashmoe_train.ops.moe.router import ScoreFunction
 
@@ -54,14 +56,15 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if kv_heads < 1 or heads % kv_heads != 0:
+        if kv_heads < 1 or heads < 1 or heads % kv_heads != 0:
             raise ValueError(f"heads must be a multiple of kv_heads, found heads = {heads}, kv_heads = {kv_heads}")
         if head_dim is None:
             if dim % heads != 0:
                 raise ValueError(f"dim must be a multiple of heads, or head_dim be given, found {dim} and {heads}")
             head_dim = dim // heads
-        if rope_theta is not None and head_dim % 2 != 0:
-            raise ValueError(f"head_dim must be even for rotary positions, found {head_dim}")
+        if head_dim < 1 or (rope_theta is not None and head_dim % 2 != 0):
+            raise ValueError(f"head_dim must be positive, and even for rotary positions, found {head_dim}")
+        check_window(window)
         self.head_dim, self.causal, self.window, self.rope_theta = head_dim, causal, window, rope_theta
         factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.wq = nn.Linear(dim, heads * head_dim, **factory)
@@ -71,7 +74,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """x `[B, S, d]` gives `[B, S, d]`. With `cu_seqlens` (int32 `[documents + 1]`, see `flashmoe_train.attention`)
-        B is 1, and S is cut into documents that do not see each other."""
+        B is 1, and S is cut into documents that do not see each other.
+
+        Raises ValueError or TypeError that names the argument.
+        """
+        if x.dim() != 3:
+            raise ValueError(f"x must be [batch, seq, dim], found {list(x.shape)}")
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.rope_theta is not None:
             # Scores depend on differences of positions alone, so documents need no positions of their own.
@@ -106,7 +114,9 @@ class Router(nn.Module):
     Args:
         dim: d. experts: E. top_k: K.
         score_function, renormalize, scale, groups, limited_groups: as in `flashmoe_train.ops.moe.router_topk`.
-        balance: keep a bias for the choice and count the experts' tokens.
+        balance: keep a bias for the choice and count the experts' tokens, both in float32.
+
+    Raises ValueError or TypeError that names the argument if they do not fit together.
     """
 
     bias: Tensor | None
@@ -131,10 +141,19 @@ class Router(nn.Module):
         self.top_k, self.score_function, self.renormalize, self.scale = top_k, score_function, renormalize, scale
         self.groups, self.limited_groups = groups, limited_groups
         self.weight = nn.Parameter(torch.empty(experts, dim, device=device, dtype=dtype))
-        self.register_buffer("bias", torch.zeros(experts, device=device) if balance else None)
-        counts = torch.zeros(experts, device=device) if balance else None
-        self.register_buffer("tokens_per_expert", counts, persistent=False)
+        for name in ("bias", "tokens_per_expert"):
+            buffer = torch.zeros(experts, device=device, dtype=torch.float32) if balance else None
+            self.register_buffer(name, buffer, persistent=name == "bias")
+        self._route(torch.empty(1, experts, device="meta"))  # raises now what it would raise in every forward
         self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        # .bfloat16() and the like leave the buffers float32: counts grow beyond 65504, the bias moves by 1e-3.
+        super()._apply(fn, recurse)
+        for name in ("bias", "tokens_per_expert"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).float())
+        return self
 
     def reset_parameters(self) -> None:
         """The weights as in `torch.nn.Linear`, no bias, no tokens."""
@@ -145,24 +164,27 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> Routing:
         """tokens `[T, d]` give weights and ids `[T, K]` and the statistics of all T as one sequence."""
-        with torch.autocast(tokens.device.type, enabled=False):
+        with no_autocast(tokens.device.type):
             wide = accumulation_dtype(tokens.dtype)
             logits = F.linear(tokens.to(wide), self.weight.to(wide))
-        routing = router_topk(
+        routing = self._route(logits, self.bias)
+        if self.tokens_per_expert is not None and self.training:
+            # Recomputation in activation checkpointing counts twice, for every expert alike: the update sees signs.
+            with torch.no_grad():
+                self.tokens_per_expert.add_(routing.counts.sum(0))
+        return routing
+
+    def _route(self, logits: Tensor, bias: Tensor | None = None) -> Routing:
+        return router_topk(
             logits,
             self.top_k,
-            bias=self.bias,
+            bias=bias,
             score_function=self.score_function,
             renormalize=self.renormalize,
             scale=self.scale,
             groups=self.groups,
             limited_groups=self.limited_groups,
         )
-        if self.tokens_per_expert is not None and self.training:
-            # Recomputation in activation checkpointing counts twice, for every expert alike: the update sees signs.
-            with torch.no_grad():
-                self.tokens_per_expert.add_(routing.counts.sum(0))
-        return routing
 
     @torch.no_grad()
     def update_bias(self, rate: float = 1e-3, group: dist.ProcessGroup | None = None) -> None:
@@ -193,6 +215,7 @@ class MoE(nn.Module):
         router: everything else that Router takes: score_function, renormalize, scale, balance, ...
 
     The parameters w1, w3 `[E, n, d]` and w2 `[E, d, n]` are laid out and named as TorchTitan's.
+    Raises ValueError or TypeError that names the argument if they do not fit together.
     """
 
     def __init__(
@@ -208,6 +231,8 @@ class MoE(nn.Module):
         **router: Any,
     ) -> None:
         super().__init__()
+        if score_mode not in get_args(ScoreMode):
+            raise ValueError(f"score_mode must be one of {get_args(ScoreMode)}, found {score_mode!r}")
         self.score_mode: ScoreMode = score_mode
         self.router = Router(dim, experts, top_k, device=device, dtype=dtype, **router)
         self.w1 = nn.Parameter(torch.empty(experts, hidden_dim, dim, device=device, dtype=dtype))
@@ -222,7 +247,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., d]` gives the same shape, in x's dtype."""
-        tokens = x.flatten(0, -2)
+        tokens = x.reshape(-1, x.shape[-1]).contiguous()
         routing = self.router(tokens)
         dtype = compute_dtype(x)
         w1, w2, w3 = (w.to(dtype) for w in (self.w1, self.w2, self.w3))

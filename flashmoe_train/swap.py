@@ -49,7 +49,8 @@ class Report:
     """What `swap_modules` did; printed as a table."""
 
     rows: list[Row] = field(default_factory=list)
-    _swapped: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
+    planned: bool = False  # of a dry run: nothing was done
+    _swapped: list[tuple[nn.Module, Swap]] = field(default_factory=list)
 
     def summary(self) -> list[tuple[str, str, str, int]]:
         """(modules, from, to or why not, how many), modules that differ only in their numbers in one row."""
@@ -59,8 +60,8 @@ class Report:
         )
         return [(*key, n) for key, n in counts.items()]
 
-    def table(self, title: str = "What was swapped") -> Table:
-        table = Table(title=title, title_justify="left")
+    def table(self) -> Table:
+        table = Table(title="What would be swapped" if self.planned else "What was swapped", title_justify="left")
         for heading in ("module", "from", "to", "how many"):
             table.add_column(heading, overflow="fold")
         for modules, found, became, count in self.summary():
@@ -80,10 +81,17 @@ class Report:
         return self
 
     def revert(self) -> None:
-        """Gives every module its own class back."""
+        """Gives every module its own class back; nothing is swapped then.
+
+        Raises UsageError if something has wrapped a module since, as FSDP does: its class is no longer ours to change.
+        """
+        for module, swap in self._swapped:
+            if type(module) is not swap.replacement:
+                raise UsageError(f"cannot revert: a {swap.target.__name__} has become {type(module).__name__} since")
         while self._swapped:
-            module, original = self._swapped.pop()
-            module.__class__ = original
+            module, swap = self._swapped.pop()
+            module.__class__ = swap.target
+        self.rows.clear()
 
 
 def swap_modules(model: nn.Module, swaps: Sequence[Swap], *, optional: bool = False, dry_run: bool = False) -> Report:
@@ -93,7 +101,7 @@ def swap_modules(model: nn.Module, swaps: Sequence[Swap], *, optional: bool = Fa
     that has no such modules at all, nor modules of classes derived from them, is accepted if the swap is `optional`.
     """
     by_target = {swap.target: swap for swap in swaps}
-    report = Report()
+    report = Report(planned=dry_run)
     for name, module in model.named_modules():
         swap = by_target.get(type(module))
         if swap is None:
@@ -105,7 +113,7 @@ def swap_modules(model: nn.Module, swaps: Sequence[Swap], *, optional: bool = Fa
         reason = swap.why_not(module)
         if reason is None and swap.replacement is not None:
             if not dry_run:
-                report._swapped.append((module, type(module)))
+                report._swapped.append((module, swap))
                 module.__class__ = swap.replacement
             report.rows.append(Row(name, swap.target.__name__, swap.replacement.__name__, ""))
         else:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from flashmoe_train import attention, moe
 from flashmoe_train.nn import Attention, MoE, Router
 
 from . import processes
@@ -65,12 +66,79 @@ def test_attention_within_documents() -> None:
     torch.testing.assert_close(out, torch.cat([module(x[:, :5]), module(x[:, 5:])], 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["attention", "moe"])
+def test_operators_compute_wide_whatever_autocast_is_around(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    if kind == "attention":
+        inputs = [torch.randn(2, 9, 4, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+        def run() -> Tensor:
+            return attention(*inputs, causal=True)
+    else:
+        x, w1, w3 = (torch.randn(size, dtype=dtype) for size in ((20, 16), (4, 24, 16), (4, 24, 16)))
+        inputs = [x.requires_grad_(), w1.requires_grad_(), torch.randn(4, 16, 24, dtype=dtype, requires_grad=True), w3]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        ids, weights = torch.randint(4, (20, 2)), torch.rand(20, 2, dtype=wide)
+
+        def run() -> Tensor:
+            return moe(*inputs, ids, weights)
+
+    leaves = [x for x in inputs if x.requires_grad]
+    out = run()
+    wanted = [out, *torch.autograd.grad(out.sum(), leaves)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run()
+        found = [out, *torch.autograd.grad(out.sum(), leaves)]
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == dtype and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 5), (2, 16, 5)])
+def test_moe_takes_any_strides(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    module, x = MoE(16, 24, experts=4, top_k=2), torch.randn(shape).transpose(1, 2)
+    assert torch.equal(module(x), module(x.contiguous()))
+    assert torch.equal(module(x[0, 0]), module(x[0, 0].contiguous()[None])[0])
+
+
+def test_modules_on_other_devices_and_dtypes() -> None:
+    with torch.device("meta"):
+        block = Block()
+    assert block(torch.empty(2, 5, 32, device="meta")).shape == (2, 5, 32)
+    module, x = MoE(16, 24, experts=4, top_k=2).double(), torch.randn(9, 16, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        assert torch.equal(module(x), module(x)) and module(x).dtype == torch.float64
+    router = Router(8, 4, 1, balance=True).half()
+    assert router.bias is not None and router.tokens_per_expert is not None
+    assert (router.weight.dtype, router.bias.dtype) == (torch.float16, torch.float32)
+    for _ in range(10):
+        router(torch.randn(8192, 8, dtype=torch.float16))
+    assert router.tokens_per_expert.sum() == 10 * 8192
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: MoE(8, 8, experts=4, top_k=5), "top_k must be between 1 and 4, found 5"),
+        (lambda: MoE(8, 8, experts=4, top_k=2, score_function="max"), "score_function must be one of"),
+        (lambda: MoE(8, 8, experts=4, top_k=2, score_mode="both"), "score_mode must be one of .*, found 'both'"),
+        (lambda: Router(8, 4, 2, groups=3), "groups must divide the 4 experts"),
+        (lambda: Attention(8, 2, window=3), "window must be two non-negative sizes or None, .* found 3"),
+        (lambda: Attention(8, 2)(torch.randn(8, 8)), r"x must be \[batch, seq, dim\], found \[8, 8\]"),
+    ],
+)
+def test_mistakes_are_named_when_they_are_made(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"heads": 4, "kv_heads": 3}, "heads must be a multiple of kv_heads, found heads = 4, kv_heads = 3"),
         ({"heads": 5}, "dim must be a multiple of heads, or head_dim be given, found 32 and 5"),
-        ({"heads": 4, "head_dim": 7}, "head_dim must be even for rotary positions, found 7"),
+        ({"heads": 4, "head_dim": 7}, "head_dim must be positive, and even for rotary positions, found 7"),
     ],
 )
 def test_attention_refuses(arguments: dict, message: str) -> None:

@@ -49,6 +49,15 @@ def test_revert() -> None:
     assert {type(m) for m in net.modules()} == {nn.Sequential, nn.Linear, nn.ReLU}
 
 
+def test_what_was_wrapped_since_is_not_reverted() -> None:
+    net = model()
+    report = swap_modules(net, [Swap(nn.Linear, Doubled)])
+    net[0].__class__ = type("Wrapped", (Doubled,), {})
+    with pytest.raises(UsageError, match="cannot revert: a Linear has become Wrapped since"):
+        report.revert()
+    assert type(net[2][0]) is Doubled
+
+
 def test_subclasses_are_left_alone() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     derived = net[1].__class__ = type("Derived", (nn.Linear,), {})
@@ -99,6 +108,7 @@ def test_dry_run_changes_nothing() -> None:
     report = swap_modules(net, [Swap(nn.Linear, Doubled, wide)], dry_run=True)
     assert [row.became for row in report.rows] == ["Doubled", "Doubled", None]
     assert not any(type(m) is Doubled for m in net.modules())
+    assert "What would be swapped" in str(report)
     report.revert()
 
 
@@ -119,6 +129,6 @@ def test_a_class_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("What was swapped", "Mine", "Faster", "left alone: too wide"):
         assert part in str(report)
     report.revert()
-    assert [type(m) for m in net] == [Mine, Mine, nn.Linear]
+    assert [type(m) for m in net] == [Mine, Mine, nn.Linear] and "nothing" in str(report)
     with pytest.raises(TypeError, match="ReLU must be a subclass of Mine"):
         flashmoe_train.swap.register(Mine)(nn.ReLU)

@@ -1,7 +1,7 @@
 """PyTorch's own modules, for `flashmoe_train.swap`: `torch.nn.MultiheadAttention`.
 
-Inside `torch.nn.TransformerEncoderLayer` and `TransformerDecoderLayer` too, while they train: without gradients, in
-`eval()`, the encoder layer runs a kernel of PyTorch that reads the weights itself.
+Inside `torch.nn.TransformerEncoderLayer` and `TransformerDecoderLayer` too, while they train: in `eval()` without
+gradients the encoder layer runs a kernel of PyTorch that reads the weights itself.
 
 Shape legend: B batch, S queries, T keys, E embedding dim, H heads, D = E / H.
 """
@@ -14,6 +14,13 @@ from torch import Tensor, nn
 
 from flashmoe_train.ops.attention import attention
 from flashmoe_train.swap import swap
+
+
+@torch.compiler.assume_constant_result
+def _warn(reason: str) -> bool:
+    """Once for each reason, as Python's filters have it; when the call is compiled, while it is."""
+    warnings.warn(f"MultiheadAttention is computed by PyTorch: {reason}", stacklevel=3)
+    return True
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -43,9 +50,14 @@ class FlashMoEMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As `torch.nn.MultiheadAttention.forward`; `is_causal` says that `attn_mask` is the causal mask."""
         batched, batch = query.dim() == 3, 0 if self.batch_first else 1  # batch: which dimension it is, or would be
+        ranks = {query.dim(), key.dim(), value.dim()}
+        if ranks not in ({2}, {3}) or query.shape[-1] != self.embed_dim or (is_causal and attn_mask is None):
+            return super().forward(query, key, value, is_causal=is_causal)  # which says what is wrong
         reason = None
         if query.is_nested:
             reason = "nested tensors have no shape"
+        elif self.training and self.dropout:
+            reason = "dropout was switched on after the swap"
         elif need_weights:
             reason = "need_weights=True asks for the attention weights, which it never holds"
         elif key_padding_mask is not None:
@@ -55,8 +67,7 @@ class FlashMoEMultiheadAttention(nn.MultiheadAttention):
         elif is_causal and query.shape[batched * (1 - batch)] != key.shape[batched * (1 - batch)]:
             reason = "is_causal with as many queries as keys alone means the same to both"
         if reason is not None:
-            if not torch.compiler.is_compiling():
-                warnings.warn(f"MultiheadAttention is computed by PyTorch: {reason}", stacklevel=2)
+            _warn(reason)
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

@@ -4,7 +4,10 @@ Python owns the operators (schema, reference, fake, autograd); compiled code onl
 the operators exist, with the same schemas, on a machine that has no compiler and no GPU.
 """
 
+import contextlib
+import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +36,30 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """What modules hand to the operators for an `x`: autocast's dtype where it is on, since operators do not cast."""
+    """What modules hand to the operators for an `x`: autocast's dtype where it is on, since operators do not cast.
+    Like autocast itself it leaves float64 alone."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside, products are computed in the dtypes that their operands have."""
+    if not torch.amp.is_autocast_available(device_type):  # "meta"
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def implement(op: str, reference: Callable[..., Any], key: str) -> None:
+    """Makes `reference` the implementation of `flashmoe::op` for a dispatch key, whatever autocast is on around it."""
+
+    @functools.wraps(reference)
+    def run(first: torch.Tensor, *arguments: Any) -> Any:
+        with no_autocast(first.device.type):
+            return reference(first, *arguments)
+
+    LIBRARY.impl(op, run, key)
 
 
 def segments(name: str, bounds: torch.Tensor, rows: int) -> list[tuple[int, int]]:

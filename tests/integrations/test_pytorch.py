@@ -82,6 +82,36 @@ def test_what_it_cannot_express_goes_to_pytorch(options: dict, reason: str) -> N
         torch.testing.assert_close(module(q, k, k, **options), wanted)
 
 
+@pytest.mark.parametrize(
+    "shapes, options",
+    [
+        ([(2, 5, DIM), (5, DIM), (5, DIM)], {}),
+        ([(5, DIM), (2, 5, DIM), (2, 5, DIM)], {}),
+        ([(2, 5, 7)] * 3, {}),
+        ([(2, 2, 5, DIM)] * 3, {}),
+        ([(2, 5, DIM)] * 3, {"is_causal": True}),  # without the mask
+    ],
+)
+def test_wrong_arguments_get_pytorchs_words(shapes: list, options: dict) -> None:
+    module = nn.MultiheadAttention(DIM, 2, batch_first=True)
+    inputs = [torch.randn(shape) for shape in shapes]
+    with pytest.raises((RuntimeError, AssertionError)) as stock:
+        module(*inputs, need_weights=False, **options)
+    flashmoe_train.swap(module)
+    with pytest.raises(stock.type) as swapped:
+        module(*inputs, need_weights=False, **options)
+    assert str(swapped.value) == str(stock.value)
+
+
+def test_dropout_after_the_swap_is_not_ignored() -> None:
+    module, x = nn.MultiheadAttention(DIM, 2, batch_first=True), torch.randn(2, LENGTH, DIM)
+    flashmoe_train.swap(module)
+    module.dropout = 0.9
+    with pytest.warns(UserWarning, match="dropout was switched on after the swap"):
+        first, second = (module(x, x, x, need_weights=False)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
 def test_transformer_encoder_trains_the_same() -> None:
     """Weights after three steps, in a stack of PyTorch's own layers."""
     torch.manual_seed(0)
@@ -118,3 +148,5 @@ def test_compiles_whole() -> None:
     flashmoe_train.swap(module)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, x, x, need_weights=False)[0], wanted, rtol=1e-4, atol=1e-5)
+    with pytest.warns(UserWarning, match="computed by PyTorch: need_weights"):
+        assert compiled(x, x, x)[1] is not None

@@ -28,7 +28,7 @@ class FlashMoEConverter:
         self.config = choices(job_config)
         validate(self.config)
         compat.check_job(job_config, parallel_dims, self.config)
-        self.model_name = job_config.model.name
+        self.job_config = job_config
 
     def convert(self, model: nn.Module) -> None:
         report = Report()
@@ -40,16 +40,19 @@ class FlashMoEConverter:
             self._save_in_selective_checkpointing(moe.OPERATORS)
         for modules, found, became, count in report.summary():
             logger.info(f"flashmoe: {count} × {modules}: {found} -> {became}")
+        for operator, runs in compat.operators(self.config, self.job_config, model.model_args):
+            logger.info(f"flashmoe: {operator} runs on {runs}")
         FlashMoEConverter.last_report = report
 
     def _save_in_selective_checkpointing(self, operators: list[torch._ops.OpOverload]) -> None:
         """Adds operators to those whose outputs the model's selective activation checkpointing keeps, a module-level
         set in `torchtitan.models.<name>.infra.parallelize`."""
+        name = self.job_config.model.name
         try:
-            module = importlib.import_module(f"torchtitan.models.{self.model_name}.infra.parallelize")
+            module = importlib.import_module(f"torchtitan.models.{name}.infra.parallelize")
             module._op_sac_save_list.update(operators)
         except (ModuleNotFoundError, AttributeError):
-            logger.warning(f"flashmoe: {self.model_name} has no list of operators to save in selective checkpointing")
+            logger.warning(f"flashmoe: {name} has no list of operators to save in selective checkpointing")
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Part of TorchTitan's converter protocol; there is nothing to do."""

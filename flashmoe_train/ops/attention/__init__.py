@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flashmoe_train.ops.attention import fallback
-from flashmoe_train.ops.attention.checks import check
+from flashmoe_train.ops.attention.checks import check, check_window
 from flashmoe_train.ops.attention.operator import attention_forward
 from flashmoe_train.ops.library import has_kernel
 
@@ -69,8 +69,7 @@ def attention(
     packed = cu_seqlens_q is not None and q.dim() == 3
     if packed:
         q, k, v = (x.unsqueeze(0) if x.dim() == 3 else x for x in (q, k, v))
-    if len(window) != 2 or any(side is not None and side < 0 for side in window):
-        raise ValueError(f"window must be two non-negative sizes or None, (left, right), found {window}")
+    check_window(window)
     left, right = (-1 if side is None else side for side in window)
     check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if causal:

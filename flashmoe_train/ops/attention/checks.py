@@ -50,6 +50,12 @@ def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqle
     return heads, groups
 
 
+def check_window(window: tuple[int | None, int | None]) -> None:
+    sides = window if isinstance(window, tuple | list) else ()
+    if len(sides) != 2 or any(side is not None and (isinstance(side, float | str) or side < 0) for side in sides):
+        raise ValueError(f"window must be two non-negative sizes or None, (left, right), found {window}")
+
+
 def _shape(x: Tensor) -> list[int]:
     return list(x.shape)
 

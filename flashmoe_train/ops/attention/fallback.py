@@ -7,6 +7,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from flashmoe_train.ops.library import no_autocast
+
 _FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -29,7 +31,7 @@ def attention(
     """
     if isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor):
         return _on_shards(q, k, v, softmax_scale, band, cu_seqlens_q, cu_seqlens_k, deterministic)
-    with torch.autocast(q.device.type, enabled=False):  # the result has q's dtype, as the operator's has
+    with no_autocast(q.device.type):  # the result has q's dtype, as the operator's has
         if cu_seqlens_q is not None and cu_seqlens_k is not None and not deterministic and _varlen_takes(q, v):
             return _packed(q, k, v, softmax_scale, band, cu_seqlens_q, cu_seqlens_k)
         heads, groups = q.shape[2], k.shape[2]

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flashmoe_train.ops.attention.checks import check, check_backward
 from flashmoe_train.ops.attention.reference import reference_backward, reference_forward
-from flashmoe_train.ops.library import LIBRARY, TAGS, accumulation_dtype, differentiable_once
+from flashmoe_train.ops.library import LIBRARY, TAGS, accumulation_dtype, differentiable_once, implement
 
 _ARGUMENTS = (
     "float softmax_scale, SymInt window_left, SymInt window_right, "
@@ -23,8 +23,8 @@ LIBRARY.define(
 attention_forward = torch.ops.flashmoe.attention_forward
 attention_backward = torch.ops.flashmoe.attention_backward
 
-LIBRARY.impl("attention_forward", reference_forward, "CPU")
-LIBRARY.impl("attention_backward", reference_backward, "CPU")
+implement("attention_forward", reference_forward, "CPU")
+implement("attention_backward", reference_backward, "CPU")
 
 
 @torch.library.register_fake("flashmoe::attention_forward", lib=LIBRARY)

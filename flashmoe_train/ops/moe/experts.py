@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flashmoe_train.ops.library import LIBRARY, TAGS, differentiable_once
+from flashmoe_train.ops.library import LIBRARY, TAGS, differentiable_once, implement
 from flashmoe_train.ops.moe.checks import check
 from flashmoe_train.ops.moe.reference import reference_backward, reference_forward
 
@@ -28,8 +28,8 @@ LIBRARY.define(
 moe_forward = torch.ops.flashmoe.moe_forward
 moe_backward = torch.ops.flashmoe.moe_backward
 
-LIBRARY.impl("moe_forward", reference_forward, "CPU")
-LIBRARY.impl("moe_backward", reference_backward, "CPU")
+implement("moe_forward", reference_forward, "CPU")
+implement("moe_backward", reference_backward, "CPU")
 
 
 @torch.library.register_fake("flashmoe::moe_forward", lib=LIBRARY)

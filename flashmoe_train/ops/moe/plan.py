@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS
+from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, implement
 
 LIBRARY.define(
     "route_plan(Tensor ids, SymInt num_experts) -> (Tensor offsets, Tensor row_slot, Tensor slot_row)", tags=TAGS
@@ -57,7 +57,7 @@ def _reference(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return offsets.int(), row_slot.int(), slot_row.view(ids.shape).int()
 
 
-LIBRARY.impl("route_plan", _reference, ANY_DEVICE)
+implement("route_plan", _reference, ANY_DEVICE)
 
 
 @torch.library.register_fake("flashmoe::route_plan", lib=LIBRARY)

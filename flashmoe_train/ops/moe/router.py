@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype, differentiable_once
+from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype, differentiable_once, implement
 from flashmoe_train.ops.moe.checks import check_matrix
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "topk_softmax")
@@ -176,8 +176,8 @@ def _backward(
     return dlogits.to(logits.dtype)
 
 
-LIBRARY.impl("router_topk", _forward, ANY_DEVICE)
-LIBRARY.impl("router_topk_backward", _backward, ANY_DEVICE)
+implement("router_topk", _forward, ANY_DEVICE)
+implement("router_topk_backward", _backward, ANY_DEVICE)
 
 
 @torch.library.register_fake("flashmoe::router_topk", lib=LIBRARY)

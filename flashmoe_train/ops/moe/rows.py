@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype, differentiable_once
+from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype, differentiable_once, implement
 from flashmoe_train.ops.moe.checks import check_indices, check_matrix, check_weights
 
 LIBRARY.define("moe_permute(Tensor x, Tensor row_slot, Tensor slot_row) -> Tensor rows", tags=TAGS)
@@ -151,9 +151,9 @@ def _combine_backward(dout: Tensor, rows: Tensor, slot_row: Tensor, weights: Ten
     return (_permute(dout, row_slot, slot_row) * row_weight[:, None]).to(rows.dtype), dweights
 
 
-LIBRARY.impl("moe_permute", _permute, ANY_DEVICE)
-LIBRARY.impl("moe_combine", _combine, ANY_DEVICE)
-LIBRARY.impl("moe_combine_backward", _combine_backward, ANY_DEVICE)
+implement("moe_permute", _permute, ANY_DEVICE)
+implement("moe_combine", _combine, ANY_DEVICE)
+implement("moe_combine_backward", _combine_backward, ANY_DEVICE)
 
 
 # ------------------------------------------------------------------------------------------------------------ autograd

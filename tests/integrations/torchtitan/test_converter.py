@@ -139,7 +139,7 @@ def test_refuses_to_train_slowly_on_hopper(choices: FlashMoE, text: str, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for operator in ("attention", "moe"):
-        monkeypatch.setattr(f"flashmoe_train.ops.{operator}.has_kernel", lambda name, device: False)
+        monkeypatch.setattr(f"flashmoe_train.ops.{operator}.has_kernel", lambda *_: False)
     with pytest.raises(UsageError, match=text):
         compat.check_kernels(choices, config(), spec)
     compat.check_kernels(FlashMoE(attention="stock", moe="stock"), config(), spec)
