@@ -49,7 +49,9 @@ class FlashMoEMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `torch.nn.MultiheadAttention.forward`; `is_causal` says that `attn_mask` is the causal mask."""
-        batched, batch = query.dim() == 3, 0 if self.batch_first else 1  # batch: which dimension it is, or would be
+        batched = query.dim() == 3
+        batch = 0 if self.batch_first else 1  # which dimension it is, or would be
+        length = 1 if batched and self.batch_first else 0
         ranks = {query.dim(), key.dim(), value.dim()}
         if ranks not in ({2}, {3}) or query.shape[-1] != self.embed_dim or (is_causal and attn_mask is None):
             return super().forward(query, key, value, is_causal=is_causal)  # which says what is wrong
@@ -64,7 +66,7 @@ class FlashMoEMultiheadAttention(nn.MultiheadAttention):
             reason = "key_padding_mask is no band"
         elif attn_mask is not None and not is_causal:
             reason = "attn_mask may be any mask; is_causal=True says that it is the causal one"
-        elif is_causal and query.shape[batched * (1 - batch)] != key.shape[batched * (1 - batch)]:
+        elif is_causal and query.shape[length] != key.shape[length]:
             reason = "is_causal with as many queries as keys alone means the same to both"
         if reason is not None:
             _warn(reason)

@@ -39,16 +39,17 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """What modules hand to the operators for an `x`: autocast's dtype where it is on, since operators do not cast.
     Like autocast itself it leaves float64 alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device) if x.dtype != torch.float64 and _autocasts(device) else x.dtype
+
+
+def _autocasts(device_type: str) -> bool:
+    """Whether autocast is on; some device types ("meta") have none to ask about."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Inside, products are computed in the dtypes that their operands have."""
-    if not torch.amp.is_autocast_available(device_type):  # "meta"
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else contextlib.nullcontext()
 
 
 def implement(op: str, reference: Callable[..., Any], key: str) -> None:
