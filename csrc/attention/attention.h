@@ -1,9 +1,13 @@
 // The attention kernels as the host sees them: what each computes, its parameters, its launch. No PyTorch here.
 //
-//   B batch    S queries    L keys    H heads    G heads of keys, each for H / G heads of queries    D head dim
+//   B batch    S queries    L keys    H heads    G heads of keys, each for H / G heads of queries
+//   D head dim of queries and keys    V head dim of values
 //
 // Every tensor has a contiguous last dimension; its other strides are free but for TMA's rule: multiples of 16 bytes, as its
 // address, and not 0 (an expanded tensor has to be copied).
+//
+// Packed documents: B is 1, and S and L are cut where `query_bounds` and `key_bounds` say. Documents do not see each other;
+// below, S and L are then a document's own. Whatever the bounds are, nothing outside the tensors is read or written.
 #pragma once
 
 #include <cstdint>
@@ -17,21 +21,30 @@ struct AttentionStrides {
   int64_t batch, row, head;
 };
 
+enum class AttentionType { bfloat16, float16 };
+
 // out = softmax(scale * q kT) v for every head; lse = the logarithm of a query's sum of exp(scale * q kT) over the keys
-// that it sees. Causal: query i sees keys 0 ... i + L - S. A query that sees no key has out 0 and lse -infinity.
+// that it sees: query i those from i + L - S - left to i + L - S + right, a negative window being unbounded. A query that
+// sees no key, or is in no document, has out 0 and lse -infinity.
 struct AttentionForwardParams {
-  const void* q;       // [B, S, H, D] bfloat16
-  const void* k;       // [B, L, G, D]
-  const void* v;       // [B, L, G, D]
-  void* out;           // [B, S, H, D]
-  float* lse;          // [B, H, S], contiguous, natural logarithm
-  int32_t* next_tile;  // one number, workspace
+  const void* q;  // [B, S, H, D]
+  const void* k;  // [B, L, G, D]
+  const void* v;  // [B, L, G, V]
+  void* out;      // [B, S, H, V]
+  float* lse;     // [B, H, S], contiguous, natural logarithm
+  const int32_t* query_bounds;  // [documents + 1], or null
+  const int32_t* key_bounds;
+  void* workspace;  // attention_forward_workspace() bytes, of any content
   AttentionStrides q_strides, k_strides, v_strides, out_strides;
-  int batch, queries, keys, heads, kv_heads, dim;
+  int batch, queries, keys, heads, kv_heads, dim, dim_v, documents;
+  int left, right;
   float scale;  // positive
-  bool causal;
+  AttentionType type;
 };
-// dim 128, L >= 1. Throws std::runtime_error for tensors that TMA cannot take.
+constexpr int ATTENTION_LONGEST = 1 << 29;  // S and L at most
+
+// D / V are 64/64, 96/96, 128/128, 192/128 or 256/256; S, L >= 1. Throws std::runtime_error for tensors that TMA cannot take.
 cudaError_t attention_forward(const AttentionForwardParams& params, cudaStream_t stream);
+int64_t attention_forward_workspace(const AttentionForwardParams& params);
 
 }  // namespace flashmoe

@@ -79,6 +79,22 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return result;
 }
 
+// Of four packed pairs of a row, from 32 neighbouring columns of accumulators, to eight neighbouring elements: those of
+// columns 8 * (thread % 4) ... + 7. For stores of 16 bytes without shared memory. By all 32 lanes.
+__device__ __forceinline__ uint4 quad_transpose(const uint32_t* pairs) {
+  uint32_t x[4] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+  const int lane = threadIdx.x % 4;
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!(i & bit)) {
+        const uint32_t other = __shfl_xor_sync(0xffffffff, lane & bit ? x[i] : x[i | bit], bit);
+        (lane & bit ? x[i] : x[i | bit]) = other;
+      }
+  return {x[0], x[1], x[2], x[3]};
+}
+
 // ------------------------------------------------------------------------------------------------------------ products
 
 enum Major { K_MAJOR = 0, MN_MAJOR = 1 };

@@ -29,11 +29,12 @@ class Params(ctypes.Structure):
     """AttentionForwardParams."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "next_tile")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "query_bounds", "key_bounds", "workspace")),
         *((f"{name}_strides", Strides) for name in ("q", "k", "v", "out")),
-        *((name, ctypes.c_int) for name in ("batch", "queries", "keys", "heads", "kv_heads", "dim")),
+        *((name, ctypes.c_int) for name in ("batch", "queries", "keys", "heads", "kv_heads", "dim", "dim_v")),
+        *((name, ctypes.c_int) for name in ("documents", "left", "right")),
         ("scale", ctypes.c_float),
-        ("causal", ctypes.c_bool),
+        ("type", ctypes.c_int),
     ]
 
 
@@ -53,17 +54,25 @@ class Ragged(Case):
         return f"{mask} b{self.b} s{self.s}:{self.keys} h{self.h}:{self.h_kv} {self.kind}".rstrip()
 
 
-CHECKS = [
-    Ragged(b=2, s=queries, h=h, h_kv=h_kv, d=128, causal=causal, keys=keys)
-    for queries, keys, h, h_kv in (
-        (128, 128, 2, 2), (256, 384, 2, 2), (1, 1, 1, 1), (7, 63, 3, 1), (64, 65, 2, 2), (129, 127, 4, 2),
-        (300, 40, 2, 2), (64, 700, 2, 1), (1000, 1000, 6, 2), (513, 513, 40, 40),
-    )
-    for causal in (False, True)
-]  # fmt: skip
-# What small errors of every step add up to.
-CHECKS += [Ragged(b=1, s=256, h=2, h_kv=2, d=128, causal=True, keys=8192, kind=kind) for kind in ("loud", "equal")]
-CASES = [Case(b=16 // k, s=1024 * k, h=16, d=128, causal=causal) for causal in (False, True) for k in (1, 4, 8, 16)]
+def checks(d: int) -> list[Ragged]:
+    found = [
+        Ragged(b=2, s=queries, h=h, h_kv=h_kv, d=d, causal=causal, keys=keys)
+        for queries, keys, h, h_kv in (
+            (128, 128, 2, 2), (256, 384, 2, 2), (1, 1, 1, 1), (7, 63, 3, 1), (64, 65, 2, 2), (129, 127, 4, 2),
+            (300, 40, 2, 2), (64, 700, 2, 1), (1000, 1000, 6, 2), (513, 513, 40, 40),
+        )
+        for causal in (False, True)
+    ]  # fmt: skip
+    # What small errors of every step add up to.
+    return found + [
+        Ragged(b=1, s=256, h=2, h_kv=2, d=d, causal=True, keys=8192, kind=kind) for kind in ("loud", "equal")
+    ]
+
+
+def cases(d: int) -> list[Case]:
+    return [
+        Case(b=16 // k, s=1024 * k, h=2048 // d, d=d, causal=causal) for causal in (False, True) for k in (1, 4, 16)
+    ]
 
 
 class Result(NamedTuple):
@@ -72,11 +81,11 @@ class Result(NamedTuple):
     beyond: Tensor  # rows that are not out's
 
 
-def _tensor(batch: int, length: int, heads: int, device: torch.device, ragged: bool) -> tuple[Tensor, Tensor]:
+def _tensor(shape: tuple[int, int, int, int], device: torch.device, ragged: bool) -> tuple[Tensor, Tensor]:
     """[b, s, h, d] of NaN, ragged: in memory [b, h, s + 3, d]; and the rows beyond it."""
-    extra = 3 if ragged else 0
-    shape = (batch, heads, length + extra) if ragged else (batch, length, heads)
-    whole = torch.full((*shape, 128), math.nan, dtype=torch.bfloat16, device=device)
+    batch, length, heads, dim = shape
+    rows = (heads, length + 3) if ragged else (length, heads)
+    whole = torch.full((batch, *rows, dim), math.nan, dtype=torch.bfloat16, device=device)
     whole = whole.transpose(1, 2) if ragged else whole
     return whole[:, :length], whole[:, length:]
 
@@ -85,8 +94,8 @@ def _prepare(case: Case, device: torch.device) -> Trial:
     torch.manual_seed(0)
     ragged = isinstance(case, Ragged)
     keys = case.keys if isinstance(case, Ragged) else case.s
-    q = _tensor(case.b, case.s, case.h, device, ragged)[0].normal_()
-    k, v = (_tensor(case.b, keys, case.h_kv, device, ragged)[0].normal_() for _ in range(2))
+    q = _tensor((case.b, case.s, case.h, case.d), device, ragged)[0].normal_()
+    k, v = (_tensor((case.b, keys, case.h_kv, case.d), device, ragged)[0].normal_() for _ in range(2))
     if isinstance(case, Ragged) and case.kind:
         q.mul_(300)
     if isinstance(case, Ragged) and case.kind == "equal":
@@ -95,15 +104,16 @@ def _prepare(case: Case, device: torch.device) -> Trial:
     out, lse = reference_forward(q.double(), k.double(), v.double(), *mask)
 
     def run(launch: Launch) -> Run:
-        found, beyond = _tensor(case.b, case.s, case.h, device, ragged)
+        found, beyond = _tensor((case.b, case.s, case.h, case.dv), device, ragged)
         found_lse = torch.full((case.b, case.h, case.s), math.nan, device=device)
-        next_tile = torch.zeros(1, dtype=torch.int32, device=device)
+        workspace = torch.full((64,), 99, dtype=torch.int32, device=device)
         tensors = (q, k, v, found)
-        sizes = (case.b, case.s, keys, case.h, case.h_kv, case.d)
+        sizes = (case.b, case.s, keys, case.h, case.h_kv, case.d, case.dv)
+        band = (0, -1, 0 if case.causal else -1)
 
         def once() -> Result:
-            pointers = [x.data_ptr() for x in (*tensors, found_lse, next_tile)]
-            launch(Params(*pointers, *map(Strides.of, tensors), *sizes, case.d**-0.5, case.causal))
+            pointers = [*(x.data_ptr() for x in (*tensors, found_lse)), None, None, workspace.data_ptr()]
+            launch(Params(*pointers, *map(Strides.of, tensors), *sizes, *band, case.d**-0.5, 0))
             return Result(found, found_lse, beyond)
 
         return once
@@ -128,106 +138,79 @@ def _prepare(case: Case, device: torch.device) -> Trial:
 
 # ------------------------------------------------------------------------------------------------------------ variants
 
-# One loop that asks in every step whether there is something to mask.
-_MASK_ASKED = (
-    ("if constexpr (decltype(masked)::value) mask(", "if (i >= unmasked) mask("),
-    ("    for (; i >= unmasked; --i) both(i, std::true_type());\n", ""),
-)
-# The last claim of all leaves the counter as it was found: no memset before the kernel, one counter for each stream.
-_SELF_RESET = (
-    (
-        "    shared.q_ring.acquire(q_step);\n",
-        "    if (index == w.tiles - 1 + int(gridDim.x)) *w.next_tile = 0;\n    shared.q_ring.acquire(q_step);\n",
-    ),
-    ("if (const cudaError_t error = cudaMemsetAsync(p.next_tile, 0, sizeof *p.next_tile, stream)) return error;", ";"),
-)
-# o is scaled only where a maximum of the warp has grown.
-_RESCALE_ASKED = (
-    (
-        "#pragma unroll\n      for (int j = 0; j < Sizes::DIM / 2; ++j) o[j] *= rescale[j / 2 % 2];\n",
-        "      if (__any_sync(0xffffffff, rescale[0] != 1 || rescale[1] != 1))\n"
-        "#pragma unroll\n        for (int j = 0; j < Sizes::DIM / 2; ++j) o[j] *= rescale[j / 2 % 2];\n",
-    ),
-)
-_V_BEFORE_NEXT_K = (
-    ("      if (i > 0) load_k(i - 1);\n      load_v(i);\n", "      load_v(i);\n      if (i > 0) load_k(i - 1);\n"),
-)
-# The exponentials run beside the warpgroup's own products. ptxas would move the wait up again, over all arithmetic, but
-# not over an instruction with an effect; this one never has any.
-_WAIT_LAST = (
-    (
-        "      wgmma_wait<0>();\n      pin(o);\n      pin(p);\n",
-        "      softmax.exponentials(s);\n"
-        '      asm volatile("{.reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p nanosleep.u32 0;}"\n'
-        '                   ::"f"(softmax.sum[0] + softmax.sum[1]) : "memory");\n'
-        "      wgmma_wait<0>();\n      pin(o);\n      pin(p);\n",
-    ),
-    ("      v_step.next();\n      softmax.exponentials(s);\n", "      v_step.next();\n"),
-)
-# The exponentials of one query, then those of the other.
-_BY_ROW = (
-    (
-        "    for (int i = 0; i < COUNT; ++i) sum[i / 2 % 2] += s[i] = exp2_fast(s[i] * scale - shift[i / 2 % 2]);\n",
-        "    for (int r = 0; r < 2; ++r)\n"
-        "#pragma unroll\n"
-        "      for (int i = 2 * r; i < COUNT; i += 4) {\n"
-        "        sum[r] += s[i] = exp2_fast(s[i] * scale - shift[r]);\n"
-        "        sum[r] += s[i + 1] = exp2_fast(s[i + 1] * scale - shift[r]);\n"
-        "      }\n",
-    ),
-)
-_NO_TURNS = tuple(
-    (f"{indent}ConsumerTurns::{what}(warpgroup);\n", "")
-    for indent, what in (("  ", "start"), ("      ", "wait"), ("      ", "pass"))
-)
-# The tile of out is that of q, which saves 32 KB: the next q waits until out has been stored.
-_OUT_IN_Q = (
-    ("  alignas(1024) T out[Sizes::QUERIES * Sizes::DIM];\n", ""),
-    ("shared_address(shared.out)", "shared_address(shared.q)"),
-    ("shared.out + column", "shared.q + column"),
-    ("    if (speaks) shared.q_ring.release(q_step);\n    q_step.next();\n", ""),
-    ("    if (speaks) tma_wait_read<0>();\n    barrier_sync", "    barrier_sync"),
-    (
-        "      tma_commit();\n",
-        "      tma_commit();\n      tma_wait_read<0>();\n      shared.q_ring.release(q_step);\n",
-    ),
-    (
-        "    if (FORWARD_SCHEDULE == DYNAMIC) {\n      shared.tile_ring.wait",
-        "    q_step.next();\n    if (FORWARD_SCHEDULE == DYNAMIC) {\n      shared.tile_ring.wait",
-    ),
-)
-_KEYS_176 = (("KEYS = 128;", "KEYS = 176;"), *_OUT_IN_Q)
-_STAGES_3 = (("STAGES = 2;", "STAGES = 3;"), *_OUT_IN_Q)
-# The stage that a consumer does not give back is waited for by the producer, for ever.
-_DEADLOCK = ("      if (speaks) shared.v_ring.release(v_step);\n", "")
+TURNS = (
+    ("enum BarrierId { WARPGROUP = 1 };", "enum BarrierId { WARPGROUP = 1, TURN = 5 };"),
+    ("  for (;;) {\n    shared.tile_ring.wait", "  using ConsumerTurns = Turns<TURN, S::CONSUMERS>;\n"
+     "  ConsumerTurns::start(warpgroup);\n  for (;;) {\n    shared.tile_ring.wait"),
+    ("      shared.k_ring.wait(k_step);\n      wgmma_fence();",
+     "      shared.k_ring.wait(k_step);\n      ConsumerTurns::wait(warpgroup);\n      wgmma_fence();"),
+    ("i < end - 2);\n      wgmma_commit();\n", "i < end - 2);\n      wgmma_commit();\n      ConsumerTurns::pass(warpgroup);\n"),
+)  # fmt: skip
+RESCALE_ALWAYS = (("      if (softmax.outgrown(high)) {\n", "      {\n"),)
 
-STUDY = Study(
-    title="Attention, forward, d128",
-    source="attention/forward.cu",
-    function="attention_forward",
-    params=Params,
-    variants={
-        "dynamic": Variant(),
-        "static": Variant({"FORWARD_SCHEDULE": "STATIC"}),
-        "one_tile": Variant({"FORWARD_SCHEDULE": "ONE_TILE"}),
-        "self_reset": Variant(edits=_SELF_RESET),
-        "no_turns": Variant(edits=_NO_TURNS),
-        "no_overlap": Variant(edits=[("wgmma_wait<1>();", "wgmma_wait<0>();")]),
-        "wait_last": Variant(edits=_WAIT_LAST),
-        "mask_asked": Variant(edits=_MASK_ASKED),
-        "rescale_asked": Variant(edits=_RESCALE_ASKED),
-        "by_row": Variant(edits=_BY_ROW),
-        "v_before_next_k": Variant(edits=_V_BEFORE_NEXT_K),
-        "not_uniform": Variant(edits=[("__shfl_sync(0xffffffff, threadIdx.x / 128, 0)", "threadIdx.x / 128")]),
-        "cached_16": Variant(edits=[("CACHED = 32 <<", "CACHED = 16 <<")]),
-        "full_cached_32": Variant(edits=[("w.rows_together = p.causal ? ", "w.rows_together = true ? ")]),
-        "out_in_q": Variant(edits=_OUT_IN_Q),
-        "stages_3": Variant(edits=_STAGES_3),
-        "keys_176": Variant(edits=_KEYS_176),
-        "keys_176_no_turns": Variant(edits=(*_KEYS_176, *_NO_TURNS)),
-        "deadlock": Variant(edits=[_DEADLOCK]),
+
+def polynomial(eighths: int) -> tuple[tuple[str, str], ...]:
+    """So many of eight powers of two on the FMA pipe."""
+    function = (
+        "__device__ __forceinline__ float exp2_polynomial(float x) {\n"
+        "  x = fmaxf(x, -127.f);\n"
+        "  const float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);\n"
+        "  const float p = fmaf(fmaf(fmaf(0.0559220f, f, 0.2402265f), f, 0.6931472f), f, 1.f);\n"
+        "  return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));\n"
+        "}\n"
+    )
+    return (
+        ("// The softmax of the two queries of which", f"{function}// The softmax of the two queries of which"),
+        (
+            "sum[i / 2 % 2] += s[i] = exp2_fast(s[i] * scale - shift[i / 2 % 2]);",
+            "{ const float x = s[i] * scale - shift[i / 2 % 2]; "
+            f"sum[i / 2 % 2] += s[i] = i / 4 * {eighths} % 8 < {eighths} ? exp2_polynomial(x) : exp2_fast(x); }}",
+        ),
+    )
+
+
+def sizes(d: int, now: tuple[int, int], then: tuple[int, int]) -> tuple[tuple[str, str], ...]:
+    """Queries of a tile and keys of a step."""
+    return ((f"Sizes<T, {d}, {d}, {now[0]}, {now[1]}>", f"Sizes<T, {d}, {d}, {then[0]}, {then[1]}>"),)
+
+
+def stages(count: int) -> tuple[tuple[str, str], ...]:
+    return (("STAGES = 2; ", f"STAGES = {count}; "),)
+
+
+# The stage that a consumer does not give back is waited for by the producer, for ever.
+_DEADLOCK = (
+    ("      pin(p);\n      if (speaks) shared.v_ring.release(v_step);\n", "      pin(p);\n"),
+)
+
+
+def study(d: int, variants: dict[str, tuple[tuple[str, str], ...]]) -> Study:
+    return Study(
+        title=f"Attention, forward, d{d}",
+        source="attention/forward.cu",
+        function="attention_forward",
+        params=Params,
+        variants={name: Variant({"FORWARD_DIM": d}, edits) for name, edits in variants.items()},
+        checks=checks(d),
+        cases=cases(d),
+        prepare=_prepare,
+    )
+
+
+STUDY = study(
+    128,
+    {
+        "now": (),
+        "turns": TURNS,
+        "rescale_always": RESCALE_ALWAYS,
+        "slack_0": (("SLACK = 8;", "SLACK = 0;"),),
+        "turns_slack_0": (*TURNS, ("SLACK = 8;", "SLACK = 0;")),
+        "stages_3": stages(3),
+        "keys_176": sizes(128, (128, 128), (128, 176)),
+        "keys_176_turns": (*sizes(128, (128, 128), (128, 176)), *TURNS),
+        "polynomial_1": polynomial(1),
+        "polynomial_2": polynomial(2),
+        "no_overlap": (("wgmma_wait<1>();", "wgmma_wait<0>();"),),
+        "deadlock": _DEADLOCK,
     },
-    checks=CHECKS,
-    cases=CASES,
-    prepare=_prepare,
 )
