@@ -36,26 +36,27 @@ struct Sizes {
   static constexpr int KEYS = STEP;                                                 // of a step
   static constexpr int WIDTH = (D + 63) / 64 * 64, WIDTH_V = (V + 63) / 64 * 64;    // columns in memory: slabs of 64
   static constexpr int STAGES = 2;                                                  // of k, and of v
+  static constexpr bool AHEAD = WIDTH <= 128;  // q of the next tile has room, and its first scores run as this one ends
+  static constexpr int Q_STAGES = AHEAD ? 2 : 1;
+  static constexpr bool TURNS = QUERIES > 128;                                      // consumers take turns
   static constexpr int CONSUMERS = QUERIES / 64;                                    // warpgroups
   static constexpr int THREADS = 128 + 128 * CONSUMERS;
-  static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+  static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
 };
 
-// A maximum may grow by so many powers of two before the sums are scaled to it: probabilities stay far from overflow, in
-// fp16 too, and lose nothing, since numbers are as precise there as below 1.
-constexpr float SLACK = 8;
+constexpr int TILES = 3;  // that somebody is at work on: the producer, and consumers between two
 
-enum BarrierId { WARPGROUP = 1 };  // named barriers: one for each consumer
+enum BarrierId { WARPGROUP = 1, TURN = 4 };  // named barriers: one for each consumer
 
 template <typename S>
 struct Shared {
-  alignas(1024) typename S::T q[S::QUERIES * S::WIDTH];
+  alignas(1024) typename S::T q[S::Q_STAGES][S::QUERIES * S::WIDTH];
   alignas(1024) typename S::T k[S::STAGES][S::KEYS * S::WIDTH];
   alignas(1024) typename S::T v[S::STAGES][S::KEYS * S::WIDTH_V];
-  Tile tiles[2];
-  Ring<1> q_ring;
+  Tile tiles[TILES];
+  Ring<S::Q_STAGES> q_ring;
   Ring<S::STAGES> k_ring, v_ring;
-  Ring<2> tile_ring;
+  Ring<TILES> tile_ring;
 };
 
 // ------------------------------------------------------------------------------------------------------------ producer
@@ -71,41 +72,53 @@ __device__ void load_tile(T* tile, const CUtensorMap* map, Barrier& barrier, int
 // One thread.
 template <typename S>
 __device__ void produce(const Work& w, Shared<S>& shared) {
-  Step<1> q_step;
-  Step<2> tile_step;
+  Step<S::Q_STAGES> q_step;
+  Step<TILES> tile_step;
   Step<S::STAGES> k_step, v_step;
-  for (int index = blockIdx.x;;) {
+  const auto publish = [&](int index) {
     const Tile tile = tile_at(w, index, S::QUERIES, S::KEYS);
     shared.tile_ring.acquire(tile_step);
     shared.tiles[tile_step.stage] = tile;
     shared.tile_ring.full[tile_step.stage].arrive();
     tile_step.next();
-    if (tile.end == 0) break;
-    // Claimed before the loads, which take longer than the answer.
-    index = next_tile(w, index);
-
+    return tile;
+  };
+  const auto load_k = [&](const Tile& tile, int i) {
+    shared.k_ring.acquire(k_step);
+    load_tile(shared.k[k_step.stage], &w.k, shared.k_ring.full[k_step.stage], S::KEYS, S::WIDTH, tile.head / w.group,
+              tile.first_key + i * S::KEYS, tile.batch, Keep::longest);
+    k_step.next();
+  };
+  const auto load_v = [&](const Tile& tile, int i) {
+    shared.v_ring.acquire(v_step);
+    load_tile(shared.v[v_step.stage], &w.v, shared.v_ring.full[v_step.stage], S::KEYS, S::WIDTH_V,
+              tile.head / w.group, tile.first_key + i * S::KEYS, tile.batch, Keep::longest);
+    v_step.next();
+  };
+  const auto begin = [&](const Tile& tile) {
     shared.q_ring.acquire(q_step);
-    load_tile(shared.q, &w.q, shared.q_ring.full[0], S::QUERIES, S::WIDTH, tile.head, tile.first_query + tile.query,
-              tile.batch, Keep::briefly);
+    load_tile(shared.q[q_step.stage], &w.q, shared.q_ring.full[q_step.stage], S::QUERIES, S::WIDTH, tile.head,
+              tile.first_query + tile.query, tile.batch, Keep::briefly);
     q_step.next();
-    const auto load_k = [&](int i) {
-      shared.k_ring.acquire(k_step);
-      load_tile(shared.k[k_step.stage], &w.k, shared.k_ring.full[k_step.stage], S::KEYS, S::WIDTH, tile.head / w.group,
-                tile.first_key + i * S::KEYS, tile.batch, Keep::longest);
-      k_step.next();
-    };
-    const auto load_v = [&](int i) {
-      shared.v_ring.acquire(v_step);
-      load_tile(shared.v[v_step.stage], &w.v, shared.v_ring.full[v_step.stage], S::KEYS, S::WIDTH_V,
-                tile.head / w.group, tile.first_key + i * S::KEYS, tile.batch, Keep::longest);
-      v_step.next();
-    };
+    load_k(tile, tile.end - 1);
+  };
+
+  int index = blockIdx.x;
+  Tile tile = publish(index);
+  if (tile.end > 0) begin(tile);
+  while (tile.end > 0) {
+    // Known before it is needed: the claim and the divisions behind a tile's place take their time.
+    index = next_tile(w, index);
+    const Tile next = publish(index);
     // In the order of their use.
-    load_k(tile.end - 1);
-    for (int i = tile.end - 1; i >= tile.begin; --i) {
-      if (i > tile.begin) load_k(i - 1);
-      load_v(i);
+    for (int i = tile.end - 1; i > tile.begin; --i) {
+      load_k(tile, i - 1);
+      load_v(tile, i);
     }
+    if (S::AHEAD && next.end > 0) begin(next);
+    load_v(tile, tile.begin);
+    if (!S::AHEAD && next.end > 0) begin(next);
+    tile = next;
   }
 }
 
@@ -114,29 +127,18 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
 // The softmax of the two queries of which this thread holds a quarter of the scores, step by step.
 struct Softmax {
   float scale;  // times log2(e): powers of two are what the hardware has
-  float slack;
-  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // max: what sums are relative to; sum: of this thread's quarter
-  float shift[2] = {0, 0};                                 // max * scale; 0, not NaN, as long as no key has been seen
+  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // sum: of this thread's quarter
+  float shift[2];                                          // max * scale; 0, not NaN, as long as no key has been seen
 
-  // Of new scores and those before, over all four threads.
+  // The maxima with those of new scores. Sums until now, of values too, are to be scaled by `rescale`.
   template <int COUNT>
-  __device__ __forceinline__ void maxima(const float (&s)[COUNT], float (&high)[2]) {
-    high[0] = max[0], high[1] = max[1];
+  __device__ __forceinline__ void raise_maxima(const float (&s)[COUNT], float (&rescale)[2]) {
+    float high[2] = {max[0], max[1]};
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], s[i]);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) high[r] = quad_max(high[r]);
-  }
-
-  // Whether sums are to be scaled first. The same in all threads of a warp.
-  __device__ __forceinline__ bool outgrown(const float (&high)[2]) {
-    return __any_sync(0xffffffff, high[0] > max[0] + slack || high[1] > max[1] + slack);
-  }
-
-  // Sums until now, of values too, are to be scaled by `rescale`.
-  __device__ __forceinline__ void raise(const float (&high)[2], float (&rescale)[2]) {
-#pragma unroll
     for (int r = 0; r < 2; ++r) {
+      high[r] = quad_max(high[r]);
       const float seen = high[r] == -INFINITY ? 0.f : high[r];
       shift[r] = seen * scale;
       // The difference first: where no maximum grows this is 1 exactly. The rounding of max * scale, which is the same in
@@ -205,82 +207,91 @@ __device__ __forceinline__ void clear_rows(typename S::T* v, int begin, int thre
 template <typename S>
 __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
   using T = typename S::T;
+  using ConsumerTurns = Turns<TURN, S::CONSUMERS>;
   const int thread = threadIdx.x % 128;
   const bool speaks = thread == 0;  // for its warpgroup, right after its products have been waited for
   const uint64_t q = k_major(shared_address(shared.q) + warpgroup * 64 * 128);
   const uint64_t k = k_major(shared_address(shared.k)), v = mn_major(shared_address(shared.v), S::KEYS * 128);
-  constexpr int K_STAGE = sizeof shared.k[0], V_STAGE = sizeof shared.v[0];
+  constexpr int Q_STAGE = sizeof shared.q[0], K_STAGE = sizeof shared.k[0], V_STAGE = sizeof shared.v[0];
 
-  float s[S::KEYS / 2], o[S::DIM_V / 2], high[2], rescale[2];
+  float s[S::KEYS / 2], o[S::DIM_V / 2], rescale[2];
   uint32_t p[S::KEYS / 4];
-  Step<1> q_step;
-  Step<2> tile_step;
+  Step<S::Q_STAGES> q_step;
+  Step<TILES> tile_step;
   Step<S::STAGES> k_step, v_step;
+  if (S::TURNS) ConsumerTurns::start(warpgroup);
 
-  for (;;) {
+  // Of a tile's first step; false if there is no tile any more. Then too products run, of what there is: the compiler
+  // knows then which registers are in use.
+  const auto first_scores = [&] {
     shared.tile_ring.wait(tile_step);
+    const bool more = __shfl_sync(0xffffffff, shared.tiles[tile_step.stage].end, 0) > 0;
+    if (more) shared.q_ring.wait(q_step), shared.k_ring.wait(k_step);
+    wgmma_fence();
+    multiply_scores<S>(s, advance(q, q_step.stage * Q_STAGE), advance(k, k_step.stage * K_STAGE));
+    wgmma_commit();
+    return more;
+  };
+  const auto release_k = [&] {
+    if (speaks) shared.k_ring.release(k_step);
+    k_step.next();
+  };
+  const auto release_v = [&] {
+    if (speaks) shared.v_ring.release(v_step);
+    v_step.next();
+  };
+
+  for (bool more = first_scores(); more;) {
     const Tile& tile = shared.tiles[tile_step.stage];
     const int begin = tile.begin, end = tile.end;
-    if (end == 0) break;
     const int row = tile.query + warpgroup * 64 + fragment_row(thread);
     const Band seen[2] = {band_of(w, tile, row), band_of(w, tile, row + 8)};
     // Steps that all queries of this warpgroup see all of.
     const int first_whole = (band_of(w, tile, tile.query + warpgroup * 64 + 63).begin + S::KEYS - 1) / S::KEYS;
     const int end_whole = band_of(w, tile, tile.query + warpgroup * 64).end / S::KEYS;
     const auto is_whole = [&](int i) { return i >= first_whole && i < end_whole; };
-    Softmax softmax{w.scale, w.slack};
+    Softmax softmax{w.scale};
 
-    // The first scores.
-    shared.q_ring.wait(q_step);
-    shared.k_ring.wait(k_step);
-    wgmma_fence();
-    multiply_scores<S>(s, q, advance(k, k_step.stage * K_STAGE));
-    wgmma_commit();
     if (w.query_bounds && tile.keys < end * S::KEYS) {
       shared.v_ring.wait(v_step);
       clear_rows<S>(shared.v[v_step.stage], tile.keys - (end - 1) * S::KEYS, thread, BarrierId(WARPGROUP + warpgroup));
     }
     wgmma_wait<0>();
     pin(s);
-    if (speaks) shared.k_ring.release(k_step);
-    k_step.next();
+    release_k();
     if (!is_whole(end - 1)) mask(s, seen, (end - 1) * S::KEYS + fragment_column(thread));
-    softmax.maxima(s, high);
-    softmax.raise(high, rescale);
+    softmax.raise_maxima(s, rescale);
     softmax.exponentials(s);
     pack_all<T>(p, s);
 
     // Scores of step i beside the values of step i + 1.
     const auto both = [&](int i, auto masked) {
       shared.k_ring.wait(k_step);
+      if (S::TURNS) ConsumerTurns::wait(warpgroup);
       wgmma_fence();
-      multiply_scores<S>(s, q, advance(k, k_step.stage * K_STAGE));
+      multiply_scores<S>(s, advance(q, q_step.stage * Q_STAGE), advance(k, k_step.stage * K_STAGE));
       wgmma_commit();
       shared.v_ring.wait(v_step);
       wgmma_fence();
       multiply_values<S>(o, p, advance(v, v_step.stage * V_STAGE), i < end - 2);
       wgmma_commit();
+      if (S::TURNS) ConsumerTurns::pass(warpgroup);
 
       wgmma_wait<1>();
       pin(s);
-      if (speaks) shared.k_ring.release(k_step);
-      k_step.next();
+      release_k();
       if constexpr (decltype(masked)::value) mask(s, seen, i * S::KEYS + fragment_column(thread));
-      softmax.maxima(s, high);
+      softmax.raise_maxima(s, rescale);
 
       // Not later: exponentials beside the warpgroup's own products cost 3 to 5 %; the others' products hide them.
       wgmma_wait<0>();
       pin(o);
       pin(p);
-      if (speaks) shared.v_ring.release(v_step);
-      v_step.next();
-      if (softmax.outgrown(high)) {
-        softmax.raise(high, rescale);
-#pragma unroll
-        for (int j = 0; j < S::DIM_V / 2; ++j) o[j] *= rescale[j / 2 % 2];
-      }
+      release_v();
       softmax.exponentials(s);
       pack_all<T>(p, s);
+#pragma unroll
+      for (int j = 0; j < S::DIM_V / 2; ++j) o[j] *= rescale[j / 2 % 2];
     };
     // Loops of their own: a question in one of them would cost 2 to 3 %.
     for (int i = end - 2; i >= begin;) {
@@ -288,43 +299,46 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
       for (; i >= begin && i >= first_whole; --i) both(i, std::false_type());
     }
 
-    // q is free for the next tile; the last values.
+    // The last values; the next tile's first scores are computed while these leave.
     if (speaks) shared.q_ring.release(q_step);
     q_step.next();
     shared.v_ring.wait(v_step);
     wgmma_fence();
     multiply_values<S>(o, p, advance(v, v_step.stage * V_STAGE), end - begin > 1);
     wgmma_commit();
-    wgmma_wait<0>();
+    const Step<TILES> done = tile_step;
+    tile_step.next();
+    if (S::AHEAD) more = first_scores();
+    wgmma_wait<S::AHEAD>();
     pin(o);
     pin(p);
-    if (speaks) shared.v_ring.release(v_step);
-    v_step.next();
+    release_v();
 
     // Sums over the keys of all four threads; out and lse straight to memory, of the rows that are there.
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = quad_sum(softmax.sum[r]), inverse = sum > 0 ? 1 / sum : 0;
       const int query = tile.query + warpgroup * 64 + fragment_row(thread) + 8 * r;
-      uint32_t packed[S::DIM_V / 8];
-#pragma unroll
-      for (int j = 0; j < S::DIM_V / 8; ++j)
-        packed[j] = pack<T>(o[4 * j + 2 * r] * inverse, o[4 * j + 2 * r + 1] * inverse);
       if (query < tile.queries && thread % 4 == 0)
         w.lse[(int64_t(tile.batch) * w.heads + tile.head) * w.queries + tile.first_query + query] =
             softmax.shift[r] * 0.69314718f + __logf(sum);
       T* out = static_cast<T*>(w.out) + tile.batch * w.out_strides.batch + tile.head * w.out_strides.head +
                (tile.first_query + query) * w.out_strides.row + thread % 4 * 8;
 #pragma unroll
-      for (int j = 0; j < S::DIM_V / 8; j += 4) {
-        const uint4 eight = quad_transpose(packed + j);
-        if (query < tile.queries) *reinterpret_cast<uint4*>(out + j * 8) = eight;
+      for (int j = 0; j < S::DIM_V / 2; j += 16) {  // 32 columns
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pairs[i] = pack<T>(o[j + 4 * i + 2 * r] * inverse, o[j + 4 * i + 2 * r + 1] * inverse);
+        const uint4 eight = quad_transpose(pairs);
+        if (query < tile.queries) *reinterpret_cast<uint4*>(out + j * 2) = eight;
       }
     }
     __syncwarp();
-    if (thread % 32 == 0) shared.tile_ring.release(tile_step);
-    tile_step.next();
+    if (thread % 32 == 0) shared.tile_ring.release(done);
+    if (!S::AHEAD) more = first_scores();
   }
+  wgmma_wait<0>();
+  pin(s);
 }
 
 template <typename S>
@@ -367,7 +381,7 @@ cudaError_t forward(const AttentionForwardParams& p, cudaStream_t stream) {
   w.q = map_of("q", p.q, element, p.q_strides, p.batch, p.queries, p.heads, p.dim, S::QUERIES);
   w.k = map_of("k", p.k, element, p.k_strides, p.batch, p.keys, p.kv_heads, p.dim, S::KEYS);
   w.v = map_of("v", p.v, element, p.v_strides, p.batch, p.keys, p.kv_heads, p.dim_v, S::KEYS);
-  w.scale = p.scale * 1.44269504f, w.slack = SLACK / w.scale;
+  w.scale = p.scale * 1.44269504f;
 
   int device = 0, multiprocessors = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;

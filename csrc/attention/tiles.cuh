@@ -41,7 +41,7 @@ struct Work {
   int rows, queries, keys, heads, group;  // rows: batch * heads; group: heads that share k and v
   int left, right;
   int tiles_per_row, rows_together;  // of packed documents tiles_per_row is an upper bound
-  float scale, slack;                // scale: times log2(e)
+  float scale;                       // times log2(e)
   bool dynamic;
 };
 

@@ -138,15 +138,28 @@ def _prepare(case: Case, device: torch.device) -> Trial:
 
 # ------------------------------------------------------------------------------------------------------------ variants
 
-TURNS = (
-    ("enum BarrierId { WARPGROUP = 1 };", "enum BarrierId { WARPGROUP = 1, TURN = 5 };"),
-    ("  for (;;) {\n    shared.tile_ring.wait", "  using ConsumerTurns = Turns<TURN, S::CONSUMERS>;\n"
-     "  ConsumerTurns::start(warpgroup);\n  for (;;) {\n    shared.tile_ring.wait"),
-    ("      shared.k_ring.wait(k_step);\n      wgmma_fence();",
-     "      shared.k_ring.wait(k_step);\n      ConsumerTurns::wait(warpgroup);\n      wgmma_fence();"),
-    ("i < end - 2);\n      wgmma_commit();\n", "i < end - 2);\n      wgmma_commit();\n      ConsumerTurns::pass(warpgroup);\n"),
-)  # fmt: skip
-RESCALE_ALWAYS = (("      if (softmax.outgrown(high)) {\n", "      {\n"),)
+def constant(name: str, now: str, then: str) -> tuple[tuple[str, str], ...]:
+    return ((f"{name} = {now}", f"{name} = {then}"),)
+
+
+def turns(taken: bool) -> tuple[tuple[str, str], ...]:
+    return constant("TURNS", "QUERIES > 128", str(taken).lower())
+
+
+# The turn passes when the scores are there, or the values too: not when both have been issued.
+_PASS = "      if (S::TURNS) ConsumerTurns::pass(warpgroup);\n"
+PASS_AFTER_SCORES = ((_PASS, ""), ("      wgmma_wait<1>();\n      pin(s);\n", f"      wgmma_wait<1>();\n      pin(s);\n{_PASS}"))
+PASS_AFTER_VALUES = ((_PASS, ""), ("      pin(p);\n      release_v();\n", f"      pin(p);\n{_PASS}      release_v();\n"))
+# The next tile's scores wait until this one's values have left.
+NOT_AHEAD = constant("AHEAD", "WIDTH <= 128", "false")
+# o is scaled only where a maximum of the warp has grown.
+RESCALE_ASKED = (
+    (
+        "#pragma unroll\n      for (int j = 0; j < S::DIM_V / 2; ++j) o[j] *= rescale[j / 2 % 2];\n",
+        "      if (__any_sync(0xffffffff, rescale[0] != 1 || rescale[1] != 1))\n"
+        "#pragma unroll\n        for (int j = 0; j < S::DIM_V / 2; ++j) o[j] *= rescale[j / 2 % 2];\n",
+    ),
+)
 
 
 def polynomial(eighths: int) -> tuple[tuple[str, str], ...]:
@@ -174,13 +187,9 @@ def sizes(d: int, now: tuple[int, int], then: tuple[int, int]) -> tuple[tuple[st
     return ((f"Sizes<T, {d}, {d}, {now[0]}, {now[1]}>", f"Sizes<T, {d}, {d}, {then[0]}, {then[1]}>"),)
 
 
-def stages(count: int) -> tuple[tuple[str, str], ...]:
-    return (("STAGES = 2; ", f"STAGES = {count}; "),)
-
-
 # The stage that a consumer does not give back is waited for by the producer, for ever.
 _DEADLOCK = (
-    ("      pin(p);\n      if (speaks) shared.v_ring.release(v_step);\n", "      pin(p);\n"),
+    ("      pin(p);\n      release_v();\n", "      pin(p);\n      v_step.next();\n"),
 )
 
 
@@ -201,16 +210,14 @@ STUDY = study(
     128,
     {
         "now": (),
-        "turns": TURNS,
-        "rescale_always": RESCALE_ALWAYS,
-        "slack_0": (("SLACK = 8;", "SLACK = 0;"),),
-        "turns_slack_0": (*TURNS, ("SLACK = 8;", "SLACK = 0;")),
-        "stages_3": stages(3),
-        "keys_176": sizes(128, (128, 128), (128, 176)),
-        "keys_176_turns": (*sizes(128, (128, 128), (128, 176)), *TURNS),
-        "polynomial_1": polynomial(1),
-        "polynomial_2": polynomial(2),
-        "no_overlap": (("wgmma_wait<1>();", "wgmma_wait<0>();"),),
+        "turns": turns(True),
+        "turns_scores": (*turns(True), *PASS_AFTER_SCORES),
+        "turns_values": (*turns(True), *PASS_AFTER_VALUES),
+        "not_ahead": NOT_AHEAD,
+        "keys_176": (*sizes(128, (128, 128), (128, 176)), *NOT_AHEAD),
+        "keys_112": sizes(128, (128, 128), (128, 112)),
+        "keys_96": sizes(128, (128, 128), (128, 96)),
+        "rescale_asked": RESCALE_ASKED,
         "deadlock": _DEADLOCK,
     },
 )

@@ -1,20 +1,30 @@
 """The study of attention's forward kernel with head dim 64, where the exponentials take as long as the products."""
 
-from flashmoe_train.bench.variants.attention_forward import TURNS, polynomial, sizes, stages, study
+from flashmoe_train.bench.variants.attention_forward import (
+    NOT_AHEAD,
+    PASS_AFTER_SCORES,
+    PASS_AFTER_VALUES,
+    RESCALE_ASKED,
+    constant,
+    polynomial,
+    sizes,
+    study,
+    turns,
+)
 
 STUDY = study(
     64,
     {
         "now": (),
-        "turns": TURNS,
-        "stages_3": stages(3),
-        "stages_4": stages(4),
-        "polynomial_1": polynomial(1),
-        "polynomial_2": polynomial(2),
-        "polynomial_3": polynomial(3),
+        "no_turns": turns(False),
+        "turns_scores": PASS_AFTER_SCORES,
+        "turns_values": PASS_AFTER_VALUES,
+        "not_ahead": NOT_AHEAD,
+        "stages_3": constant("STAGES", "2; ", "3; "),
+        "stages_4": constant("STAGES", "2; ", "4; "),
+        "rescale_asked": RESCALE_ASKED,
+        "keys_96": sizes(64, (192, 128), (192, 96)),
         "two_consumers": sizes(64, (192, 128), (128, 128)),
-        "two_consumers_192": sizes(64, (192, 128), (128, 192)),
-        "two_consumers_192_polynomial_2": (*sizes(64, (192, 128), (128, 192)), *polynomial(2)),
-        "turns_polynomial_2": (*TURNS, *polynomial(2)),
+        "two_consumers_scores": (*sizes(64, (192, 128), (128, 128)), *turns(True), *PASS_AFTER_SCORES),
     },
 )
