@@ -38,10 +38,10 @@ struct Sizes {
   static constexpr int STAGES = 2;                                                  // of k, and of v
   static constexpr bool AHEAD = WIDTH <= 128;  // q of the next tile has room, and its first scores run as this one ends
   static constexpr int Q_STAGES = AHEAD ? 2 : 1;
-  static constexpr bool TURNS = QUERIES > 128;                                      // consumers take turns
+  static constexpr bool TRUSTING = AHEAD;  // probabilities are computed before anybody looks for a larger score
   static constexpr int CONSUMERS = QUERIES / 64;                                    // warpgroups
   static constexpr int THREADS = 128 + 128 * CONSUMERS;
-  static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+  static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 };
 
 constexpr int TILES = 3;  // that somebody is at work on: the producer, and consumers between two
@@ -65,6 +65,7 @@ template <typename T>
 __device__ void load_tile(T* tile, const CUtensorMap* map, Barrier& barrier, int rows, int columns, int head, int row,
                           int batch, Keep keep) {
   barrier.arrive_expecting(rows * columns * sizeof(T));
+#pragma unroll 1
   for (int column = 0; column < columns; column += 64)
     tma_load(tile + column * rows, map, barrier, keep, column, head, row, batch);
 }
@@ -78,21 +79,22 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
   const auto publish = [&](int index) {
     const Tile tile = tile_at(w, index, S::QUERIES, S::KEYS);
     shared.tile_ring.acquire(tile_step);
-    shared.tiles[tile_step.stage] = tile;
+    Tile* const published = shared.tiles + tile_step.stage;
+    *published = tile;
     shared.tile_ring.full[tile_step.stage].arrive();
     tile_step.next();
-    return tile;
+    return published;
   };
   const auto load_k = [&](const Tile& tile, int i) {
     shared.k_ring.acquire(k_step);
-    load_tile(shared.k[k_step.stage], &w.k, shared.k_ring.full[k_step.stage], S::KEYS, S::WIDTH, tile.head / w.group,
+    load_tile(shared.k[k_step.stage], &w.k, shared.k_ring.full[k_step.stage], S::KEYS, S::WIDTH, tile.kv_head,
               tile.first_key + i * S::KEYS, tile.batch, Keep::longest);
     k_step.next();
   };
   const auto load_v = [&](const Tile& tile, int i) {
     shared.v_ring.acquire(v_step);
     load_tile(shared.v[v_step.stage], &w.v, shared.v_ring.full[v_step.stage], S::KEYS, S::WIDTH_V,
-              tile.head / w.group, tile.first_key + i * S::KEYS, tile.batch, Keep::longest);
+              tile.kv_head, tile.first_key + i * S::KEYS, tile.batch, Keep::longest);
     v_step.next();
   };
   const auto begin = [&](const Tile& tile) {
@@ -104,20 +106,21 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
   };
 
   int index = blockIdx.x;
-  Tile tile = publish(index);
-  if (tile.end > 0) begin(tile);
-  while (tile.end > 0) {
+  // Tiles stay in shared memory: this thread has few registers.
+  const Tile* tile = publish(index);
+  if (tile->end > 0) begin(*tile);
+  while (tile->end > 0) {
     // Known before it is needed: the claim and the divisions behind a tile's place take their time.
     index = next_tile(w, index);
-    const Tile next = publish(index);
+    const Tile* const next = publish(index);
     // In the order of their use.
-    for (int i = tile.end - 1; i > tile.begin; --i) {
-      load_k(tile, i - 1);
-      load_v(tile, i);
+    for (int i = tile->end - 1; i > tile->begin; --i) {
+      load_k(*tile, i - 1);
+      load_v(*tile, i);
     }
-    if (S::AHEAD && next.end > 0) begin(next);
-    load_v(tile, tile.begin);
-    if (!S::AHEAD && next.end > 0) begin(next);
+    if (S::AHEAD && next->end > 0) begin(*next);
+    load_v(*tile, tile->begin);
+    if (!S::AHEAD && next->end > 0) begin(*next);
     tile = next;
   }
 }
@@ -125,15 +128,22 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
 // ----------------------------------------------------------------------------------------------------------- consumers
 
 // The softmax of the two queries of which this thread holds a quarter of the scores, step by step.
+//
+// Probabilities are relative to a score that need not be the largest: floating-point numbers lose nothing when all of them
+// are some powers of two larger. So a step takes the reference as it is, and looks for a larger score, and scales all
+// sums, only if one of its probabilities came out too large.
 struct Softmax {
-  float scale;  // times log2(e): powers of two are what the hardware has
-  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // sum: of this thread's quarter
-  float shift[2];                                          // max * scale; 0, not NaN, as long as no key has been seen
+  static constexpr float LIMIT = 1 << 15;  // of probabilities, for fp16's sake
 
-  // The maxima with those of new scores. Sums until now, of values too, are to be scaled by `rescale`.
+  float scale;                                     // times log2(e): powers of two are what the hardware has
+  float reference[2] = {-INFINITY, -INFINITY};     // none yet, as long as no key has been seen
+  float shift[2];                                  // reference * scale; 0, not NaN, where there is none
+  float sum[2] = {0, 0};                           // of this thread's quarter
+
+  // Raises the references to the largest scores. Sums until now, of values too, are to be scaled by `rescale`.
   template <int COUNT>
-  __device__ __forceinline__ void raise_maxima(const float (&s)[COUNT], float (&rescale)[2]) {
-    float high[2] = {max[0], max[1]};
+  __device__ __forceinline__ void raise(const float (&s)[COUNT], float (&rescale)[2]) {
+    float high[2] = {reference[0], reference[1]};
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], s[i]);
 #pragma unroll
@@ -141,19 +151,29 @@ struct Softmax {
       high[r] = quad_max(high[r]);
       const float seen = high[r] == -INFINITY ? 0.f : high[r];
       shift[r] = seen * scale;
-      // The difference first: where no maximum grows this is 1 exactly. The rounding of max * scale, which is the same in
-      // every step, would add up over them.
-      rescale[r] = exp2_fast((max[r] - seen) * scale);
-      max[r] = high[r];
+      // The difference first: where no reference grows this is 1 exactly.
+      rescale[r] = exp2_fast((reference[r] - seen) * scale);
+      reference[r] = high[r];
       sum[r] *= rescale[r];
     }
   }
 
-  // Turns scores into probabilities, but for the division by `sum`.
-  template <int COUNT>
-  __device__ __forceinline__ void exponentials(float (&s)[COUNT]) {
+  // Turns scores into probabilities, but for the division by `sum`, and adds those up.
+  template <typename T, int COUNT>
+  __device__ __forceinline__ void exponentials(const float (&s)[2 * COUNT], uint32_t (&p)[COUNT], float (&total)[2]) {
+    total[0] = total[1] = 0;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) sum[i / 2 % 2] += s[i] = exp2_fast(s[i] * scale - shift[i / 2 % 2]);
+    for (int i = 0; i < COUNT; ++i) {
+      const float a = exp2_fast(s[2 * i] * scale - shift[i % 2]), b = exp2_fast(s[2 * i + 1] * scale - shift[i % 2]);
+      total[i % 2] += a, total[i % 2] += b;
+      p[i] = pack<T>(a, b);
+    }
+  }
+
+  // Whether the references have to be raised before such probabilities are used. The same in all threads of a warp.
+  __device__ __forceinline__ bool too_low(const float (&total)[2]) {
+    const bool fits = total[0] < LIMIT && total[1] < LIMIT && fminf(reference[0], reference[1]) > -INFINITY;
+    return !__all_sync(0xffffffff, fits);
   }
 };
 
@@ -187,16 +207,10 @@ __device__ __forceinline__ void multiply_values(float (&o)[S::DIM_V / 2], const 
     wgmma<typename S::T, MN_MAJOR>(o, p + i / 4, advance(v, i * 128), accumulate || i > 0);
 }
 
-template <typename T, int COUNT>
-__device__ __forceinline__ void pack_all(uint32_t (&p)[COUNT], const float (&s)[2 * COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
-}
-
 // Zeros in the rows of v from `begin` on, where there is the next document: 0 * NaN would be NaN. By a warpgroup for itself,
 // since the others write nothing else.
 template <typename S>
-__device__ __forceinline__ void clear_rows(typename S::T* v, int begin, int thread, BarrierId barrier) {
+__device__ __forceinline__ void clear_rows(typename S::T* v, int begin, int thread, int barrier) {
   for (int column = 0; column < S::WIDTH_V; column += 64)
     for (int i = begin * 8 + thread; i < S::KEYS * 8; i += 128)
       reinterpret_cast<uint4*>(v + column * S::KEYS)[i] = uint4{};
@@ -219,18 +233,13 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
   Step<S::Q_STAGES> q_step;
   Step<TILES> tile_step;
   Step<S::STAGES> k_step, v_step;
-  if (S::TURNS) ConsumerTurns::start(warpgroup);
+  ConsumerTurns::start(warpgroup);
 
-  // Of a tile's first step; false if there is no tile any more. Then too products run, of what there is: the compiler
-  // knows then which registers are in use.
-  const auto first_scores = [&] {
-    shared.tile_ring.wait(tile_step);
-    const bool more = __shfl_sync(0xffffffff, shared.tiles[tile_step.stage].end, 0) > 0;
-    if (more) shared.q_ring.wait(q_step), shared.k_ring.wait(k_step);
-    wgmma_fence();
-    multiply_scores<S>(s, advance(q, q_step.stage * Q_STAGE), advance(k, k_step.stage * K_STAGE));
-    wgmma_commit();
-    return more;
+  // Whether the last step of a tile is one that other warpgroups see and this one does not.
+  static_assert(S::QUERIES - 64 <= S::KEYS, "there might be two such steps");
+  const auto last_unseen = [&](const Tile& tile) {
+    const int last = min(tile.query + warpgroup * 64 + 64, tile.queries) - 1;
+    return tile.end - tile.begin > 1 && band_of(w, tile, last).end <= (tile.end - 1) * S::KEYS;
   };
   const auto release_k = [&] {
     if (speaks) shared.k_ring.release(k_step);
@@ -240,10 +249,40 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
     if (speaks) shared.v_ring.release(v_step);
     v_step.next();
   };
+  // A stage that is not read: all warps have seen it before it goes back.
+  const auto skip_k = [&] {
+    shared.k_ring.wait(k_step);
+    barrier_sync(WARPGROUP + warpgroup, 128);
+    release_k();
+  };
+  const auto skip_v = [&] {
+    ConsumerTurns::wait(warpgroup);
+    ConsumerTurns::pass(warpgroup);
+    shared.v_ring.wait(v_step);
+    barrier_sync(WARPGROUP + warpgroup, 128);
+    release_v();
+  };
+  // Of the first step that this warpgroup sees; false if there is no tile any more. Then too products run, of what there is:
+  // so the compiler knows which registers are in use.
+  const auto first_scores = [&] {
+    shared.tile_ring.wait(tile_step);
+    const Tile& tile = shared.tiles[tile_step.stage];
+    const bool more = __shfl_sync(0xffffffff, tile.end, 0) > 0;
+    if (more) {
+      shared.q_ring.wait(q_step);
+      if (last_unseen(tile)) skip_k();
+      shared.k_ring.wait(k_step);
+    }
+    wgmma_fence();
+    multiply_scores<S>(s, advance(q, q_step.stage * Q_STAGE), advance(k, k_step.stage * K_STAGE));
+    wgmma_commit();
+    return more;
+  };
 
   for (bool more = first_scores(); more;) {
     const Tile& tile = shared.tiles[tile_step.stage];
-    const int begin = tile.begin, end = tile.end;
+    const bool unseen = last_unseen(tile);
+    const int begin = tile.begin, end = tile.end - unseen;
     const int row = tile.query + warpgroup * 64 + fragment_row(thread);
     const Band seen[2] = {band_of(w, tile, row), band_of(w, tile, row + 8)};
     // Steps that all queries of this warpgroup see all of.
@@ -252,22 +291,22 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
     const auto is_whole = [&](int i) { return i >= first_whole && i < end_whole; };
     Softmax softmax{w.scale};
 
+    if (unseen) skip_v();
     if (w.query_bounds && tile.keys < end * S::KEYS) {
       shared.v_ring.wait(v_step);
-      clear_rows<S>(shared.v[v_step.stage], tile.keys - (end - 1) * S::KEYS, thread, BarrierId(WARPGROUP + warpgroup));
+      clear_rows<S>(shared.v[v_step.stage], tile.keys - (end - 1) * S::KEYS, thread, WARPGROUP + warpgroup);
     }
     wgmma_wait<0>();
     pin(s);
     release_k();
     if (!is_whole(end - 1)) mask(s, seen, (end - 1) * S::KEYS + fragment_column(thread));
-    softmax.raise_maxima(s, rescale);
-    softmax.exponentials(s);
-    pack_all<T>(p, s);
+    softmax.raise(s, rescale);
+    softmax.exponentials<T>(s, p, softmax.sum);
 
     // Scores of step i beside the values of step i + 1.
     const auto both = [&](int i, auto masked) {
       shared.k_ring.wait(k_step);
-      if (S::TURNS) ConsumerTurns::wait(warpgroup);
+      ConsumerTurns::wait(warpgroup);
       wgmma_fence();
       multiply_scores<S>(s, advance(q, q_step.stage * Q_STAGE), advance(k, k_step.stage * K_STAGE));
       wgmma_commit();
@@ -275,26 +314,34 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
       wgmma_fence();
       multiply_values<S>(o, p, advance(v, v_step.stage * V_STAGE), i < end - 2);
       wgmma_commit();
-      if (S::TURNS) ConsumerTurns::pass(warpgroup);
 
       wgmma_wait<1>();
       pin(s);
+      ConsumerTurns::pass(warpgroup);
       release_k();
       if constexpr (decltype(masked)::value) mask(s, seen, i * S::KEYS + fragment_column(thread));
-      softmax.raise_maxima(s, rescale);
+      if constexpr (!S::TRUSTING) softmax.raise(s, rescale);
 
       // Not later: exponentials beside the warpgroup's own products cost 3 to 5 %; the others' products hide them.
       wgmma_wait<0>();
       pin(o);
       pin(p);
       release_v();
-      softmax.exponentials(s);
-      pack_all<T>(p, s);
+      float total[2];
+      softmax.exponentials<T>(s, p, total);
+      if (!S::TRUSTING || softmax.too_low(total)) {
+        if constexpr (S::TRUSTING) {
+          softmax.raise(s, rescale);
+          softmax.exponentials<T>(s, p, total);
+        }
 #pragma unroll
-      for (int j = 0; j < S::DIM_V / 2; ++j) o[j] *= rescale[j / 2 % 2];
+        for (int j = 0; j < S::DIM_V / 2; ++j) o[j] *= rescale[j / 2 % 2];
+      }
+      softmax.sum[0] += total[0], softmax.sum[1] += total[1];
     };
     // Loops of their own: a question in one of them would cost 2 to 3 %.
     for (int i = end - 2; i >= begin;) {
+      for (; i >= begin && tile.query + warpgroup * 64 >= tile.queries; --i) skip_k(), skip_v();  // no queries here
       for (; i >= begin && !is_whole(i); --i) both(i, std::true_type());
       for (; i >= begin && i >= first_whole; --i) both(i, std::false_type());
     }

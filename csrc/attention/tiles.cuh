@@ -46,7 +46,7 @@ struct Work {
 };
 
 struct Tile : ListedTile {
-  int head, batch;
+  int head, kv_head, batch;
   int begin, end;  // the steps that any of its queries sees, never none; end 0: there is no tile any more
 };
 
@@ -81,6 +81,7 @@ __device__ inline Tile tile_at(const Work& w, int index, int tile_queries, int s
   else
     static_cast<ListedTile&>(tile) = {(per_row - 1 - index / together) * tile_queries, 0, w.queries, 0, w.keys};
   tile.head = (first + index % together) % w.heads;
+  tile.kv_head = tile.head / w.group;
   tile.batch = (first + index % together) / w.heads;
   set_steps(w, tile, tile_queries, step_keys);
   return tile;

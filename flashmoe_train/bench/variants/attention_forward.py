@@ -142,24 +142,24 @@ def constant(name: str, now: str, then: str) -> tuple[tuple[str, str], ...]:
     return ((f"{name} = {now}", f"{name} = {then}"),)
 
 
-def turns(taken: bool) -> tuple[tuple[str, str], ...]:
-    return constant("TURNS", "QUERIES > 128", str(taken).lower())
+def late_turns(taken: bool) -> tuple[tuple[str, str], ...]:
+    """The turn passes when the scores are there, not when all has been issued."""
+    return constant("LATE_TURNS", "CONSUMERS == 2", str(taken).lower())
 
 
-# The turn passes when the scores are there, or the values too: not when both have been issued.
-_PASS = "      if (S::TURNS) ConsumerTurns::pass(warpgroup);\n"
-PASS_AFTER_SCORES = ((_PASS, ""), ("      wgmma_wait<1>();\n      pin(s);\n", f"      wgmma_wait<1>();\n      pin(s);\n{_PASS}"))
-PASS_AFTER_VALUES = ((_PASS, ""), ("      pin(p);\n      release_v();\n", f"      pin(p);\n{_PASS}      release_v();\n"))
+NO_TURNS = tuple(
+    (text, "")
+    for text in (
+        "  ConsumerTurns::start(warpgroup);\n",
+        "      ConsumerTurns::wait(warpgroup);\n",
+        "      if (S::LATE_TURNS) ConsumerTurns::pass(warpgroup);\n",
+        "      if (!S::LATE_TURNS) ConsumerTurns::pass(warpgroup);\n",
+    )
+)
 # The next tile's scores wait until this one's values have left.
 NOT_AHEAD = constant("AHEAD", "WIDTH <= 128", "false")
-# o is scaled only where a maximum of the warp has grown.
-RESCALE_ASKED = (
-    (
-        "#pragma unroll\n      for (int j = 0; j < S::DIM_V / 2; ++j) o[j] *= rescale[j / 2 % 2];\n",
-        "      if (__any_sync(0xffffffff, rescale[0] != 1 || rescale[1] != 1))\n"
-        "#pragma unroll\n        for (int j = 0; j < S::DIM_V / 2; ++j) o[j] *= rescale[j / 2 % 2];\n",
-    ),
-)
+# The references are the largest scores in every step.
+ALWAYS_RAISED = constant("TRUSTING", "AHEAD", "false")
 
 
 def polynomial(eighths: int) -> tuple[tuple[str, str], ...]:
@@ -175,9 +175,8 @@ def polynomial(eighths: int) -> tuple[tuple[str, str], ...]:
     return (
         ("// The softmax of the two queries of which", f"{function}// The softmax of the two queries of which"),
         (
-            "sum[i / 2 % 2] += s[i] = exp2_fast(s[i] * scale - shift[i / 2 % 2]);",
-            "{ const float x = s[i] * scale - shift[i / 2 % 2]; "
-            f"sum[i / 2 % 2] += s[i] = i / 4 * {eighths} % 8 < {eighths} ? exp2_polynomial(x) : exp2_fast(x); }}",
+            "b = exp2_fast(s[2 * i + 1] * scale - shift[i % 2]);",
+            f"x = s[2 * i + 1] * scale - shift[i % 2], b = i / 2 * {eighths} % 4 < {eighths} ? exp2_polynomial(x) : exp2_fast(x);",
         ),
     )
 
@@ -210,14 +209,14 @@ STUDY = study(
     128,
     {
         "now": (),
-        "turns": turns(True),
-        "turns_scores": (*turns(True), *PASS_AFTER_SCORES),
-        "turns_values": (*turns(True), *PASS_AFTER_VALUES),
+        "no_turns": NO_TURNS,
+        "early_turns": late_turns(False),
         "not_ahead": NOT_AHEAD,
+        "always_raised": ALWAYS_RAISED,
         "keys_176": (*sizes(128, (128, 128), (128, 176)), *NOT_AHEAD),
-        "keys_112": sizes(128, (128, 128), (128, 112)),
-        "keys_96": sizes(128, (128, 128), (128, 96)),
-        "rescale_asked": RESCALE_ASKED,
+        "keys_160": sizes(128, (128, 128), (128, 160)),
+        "keys_144": sizes(128, (128, 128), (128, 144)),
+        "no_overlap": (("wgmma_wait<1>();\n      pin(s);", "wgmma_wait<0>();\n      pin(s);"),),
         "deadlock": _DEADLOCK,
     },
 )
