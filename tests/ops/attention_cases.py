@@ -111,6 +111,8 @@ CASES = [
     Case(heads=6, groups=2, causal=True),
     Case(dim=24, dim_v=16, causal=True),  # MLA: 192/128 in small
     Case(softmax_scale=0.7),
+    Case(softmax_scale=-0.7, causal=True),
+    Case(softmax_scale=0.0, causal=True),
     Case(layout="bhsd", causal=True),
     Case(layout="sbhd", causal=True),
     Case(batch=1, length_q=40, documents_q=(13, 0, 1, 26), causal=True),

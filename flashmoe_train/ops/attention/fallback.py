@@ -32,6 +32,8 @@ def attention(
     if isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor):
         return _on_shards(q, k, v, softmax_scale, band, cu_seqlens_q, cu_seqlens_k, deterministic)
     with no_autocast(q.device.type):  # the result has q's dtype, as the operator's has
+        if softmax_scale <= 0:  # the fused kernels multiply masked scores, -inf, by it
+            q, softmax_scale = (-q, -softmax_scale) if softmax_scale < 0 else (q * 0.0, 1.0)
         if cu_seqlens_q is not None and cu_seqlens_k is not None and not deterministic and _varlen_takes(q, v):
             return _packed(q, k, v, softmax_scale, band, cu_seqlens_q, cu_seqlens_k)
         heads, groups = q.shape[2], k.shape[2]
