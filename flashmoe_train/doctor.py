@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flashmoe_train import support, versions
-from flashmoe_train.ops.library import COMPILED, CUDA_LIBRARY, runs
+from flashmoe_train.ops.library import COMPILED, CUDA_LIBRARY, capability, runs
 
 State = Literal["ok", "note", "problem"]
 
@@ -96,7 +96,7 @@ def _frameworks() -> Iterator[Finding]:
 
 def _operators() -> Iterator[Finding]:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    for operator, reason in support.reasons(device, dtype).items():
+    for operator, reason in support.reasons(device, capability(device), dtype).items():
         if reason is None:
             yield Finding("ok", operator, f"{runs(None, device)}, {str(dtype).removeprefix('torch.')}")
         elif device == "cuda" and torch.cuda.get_device_capability()[0] == 9:

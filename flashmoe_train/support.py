@@ -5,26 +5,31 @@ from collections.abc import Iterator
 import torch
 
 from flashmoe_train.ops import attention, moe
-from flashmoe_train.ops.library import COMPILED
+from flashmoe_train.ops.attention.checks import KERNEL_HEAD_DIMS
+from flashmoe_train.ops.library import COMPILED, HOPPER
 
-HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # q and k, v
+_AMPERE = "8.0"  # stands for every GPU that is no Hopper: our kernels that need no tensor cores begin here
 _DEVICES = {
-    "CPU": ("cpu", (torch.float32, torch.bfloat16)),
-    "GPU, bfloat16 or float16": ("cuda", (torch.bfloat16, torch.float16)),
-    "GPU, float32": ("cuda", (torch.float32,)),
+    "CPU": ("cpu", None, (torch.float32, torch.bfloat16)),
+    "Hopper GPU, bfloat16 or float16": ("cuda", HOPPER, (torch.bfloat16, torch.float16)),
+    "Hopper GPU, float32": ("cuda", HOPPER, (torch.float32,)),
+    "other GPU from Ampere on": ("cuda", _AMPERE, (torch.float32, torch.bfloat16, torch.float16)),
 }
 _STEPS = ("router_topk", "route_plan", "moe_permute", "moe_combine")  # without a case that could be refused
 
 
-def reasons(device_type: str, dtype: torch.dtype, *, complete: bool = False) -> dict[str, str | None]:
+def reasons(
+    device_type: str, capability: str | None, dtype: torch.dtype, *, complete: bool = False
+) -> dict[str, str | None]:
     """For each public function and case: None if our operator runs it, else why PyTorch's kernels do.
 
-    Speaks of this installation, or of a `complete` one, which has the CUDA library.
+    `capability` is the GPU's compute capability. Speaks of this installation, or of a `complete` one, which has the
+    CUDA library.
     """
-    found = {
-        f"attention {d}/{v}": attention.supports(attention.AttentionCase(device_type, dtype, d, v), complete=complete)
-        for d, v in HEAD_DIMS
-    }
+    found = {}
+    for d, v in KERNEL_HEAD_DIMS:
+        case = attention.AttentionCase(device_type, capability, dtype, d, v)
+        found[f"attention {d}/{v}"] = attention.supports(case, complete=complete)
     found["mixture of experts"] = moe.supports(moe.MoECase(device_type, dtype), complete=complete)
     return found
 
@@ -33,10 +38,10 @@ def table() -> Iterator[tuple[str, ...]]:
     """Heading, then a line an operator and case: what a complete installation runs on which device."""
     yield ("", *_DEVICES)
     columns: list[dict[str, str]] = []
-    for device, dtypes in _DEVICES.values():
+    for device, capability, dtypes in _DEVICES.values():
         column = {}
-        for case in reasons(device, dtypes[0]):
-            answers = {_word(reasons(device, dtype, complete=True)[case], device) for dtype in dtypes}
+        for case in reasons(device, capability, dtypes[0]):
+            answers = {_word(reasons(device, capability, dtype, complete=True)[case], device) for dtype in dtypes}
             column[case] = " or ".join(sorted(answers))
         column |= {op: "kernel" if device == "cuda" and op in COMPILED else "reference" for op in _STEPS}
         columns.append(column)

@@ -68,7 +68,7 @@ def test_operators_without_kernels(
     capability: tuple[int, int], state: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     for operator in ("attention", "moe"):
         monkeypatch.setattr(f"flashmoe_train.ops.{operator}.has_kernel", lambda *_: False)
     (attention,) = found("attention 128/128")

@@ -107,7 +107,7 @@ def _prepare(case: Case, device: torch.device, backward: bool) -> Problem:
         error=lambda found: worst(relative_error(x, y) for x, y in zip(found, wanted, strict=True)),
         error_bound=ERROR_BOUND[dtype],
         work=case.flops(backward),
-        flashmoe_path=path(supports(AttentionCase.of(q, v)), device.type),
+        flashmoe_path=path(supports(AttentionCase.of(q, v, case.d**-0.5)), device.type),
         floors={},
     )
 

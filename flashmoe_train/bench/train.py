@@ -19,6 +19,7 @@ from flashmoe_train.bench.timing import Stopwatch
 from flashmoe_train.compare import CHOICES, Run
 from flashmoe_train.errors import UsageError
 from flashmoe_train.ops import attention, moe
+from flashmoe_train.ops.library import capability
 from flashmoe_train.recipe import with_swap
 from flashmoe_train.schema import Choice
 
@@ -69,7 +70,7 @@ def _train(case: Case, choice: Choice) -> Run:
 
 
 def _path(device_type: str) -> str:
-    attention_case = attention.AttentionCase(device_type, torch.bfloat16, 128, 128)
+    attention_case = attention.AttentionCase(device_type, capability(device_type), torch.bfloat16, 128, 128)
     moe_case = moe.MoECase(device_type, torch.bfloat16)
     return path(attention.supports(attention_case) or moe.supports(moe_case), device_type)
 

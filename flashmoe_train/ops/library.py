@@ -24,7 +24,10 @@ if torch.version.cuda and CUDA_LIBRARY.exists():
     torch.ops.load_library(CUDA_LIBRARY)
 
 # The operators that it implements: a test holds the library to exactly these.
-COMPILED = frozenset({"moe_permute", "moe_combine", "moe_combine_backward"})
+COMPILED = frozenset({"attention_forward", "moe_permute", "moe_combine", "moe_combine_backward"})
+
+# Compute capability of the GPUs that the kernels for tensor cores are compiled for: sm_90a runs on no other.
+HOPPER = "9.0"
 
 # Operators are functional and safe under torch.compile; the compiler may not reorder the strides it hands them.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -101,3 +104,11 @@ def has_kernel(op: str, device_type: str, complete: bool = False) -> bool:
         return op in COMPILED
     key = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"flashmoe::{op}", key)
+
+
+@torch.compiler.assume_constant_result
+def capability(device_type: str, index: int | None = None) -> str | None:
+    """Compute capability ("9.0") of a CUDA device, by default the current one; None where there is none."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return None
+    return "{}.{}".format(*torch.cuda.get_device_capability(index))

@@ -1,6 +1,7 @@
 """`flashmoe_train.attention` against the float64 oracle, and as an operator under PyTorch's compiler and autograd."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -297,10 +298,25 @@ def test_wrong_backward_argument(name: str) -> None:
 
 
 def test_supports_names_the_reason() -> None:
-    case = AttentionCase("cpu", torch.bfloat16, 128, 128)
+    case = AttentionCase("cpu", None, torch.bfloat16, 128, 128)
     assert supports(case) is None
-    reason = supports(case._replace(device_type="xpu"))
-    assert reason is not None and "no compiled attention kernel for device type 'xpu'" in reason
+    assert "no compiled attention kernel for device type 'xpu'" in str(supports(case._replace(device_type="xpu")))
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"capability": "8.0"}, r"GPUs of compute capability 9.0 \(Hopper\), found 8.0"),
+        ({"capability": None}, r"GPUs of compute capability 9.0 \(Hopper\), found None"),
+        ({"dtype": torch.float32}, "torch.bfloat16 and torch.float16, found torch.float32"),
+        ({"head_dim": 80}, "head dims of q and k / of v 64/64, 96/96, 128/128, 192/128, 256/256, found 80/128"),
+        ({"positive_scale": False}, "a softmax_scale above 0"),
+    ],
+)
+def test_supports_names_what_the_kernel_does_not_take(changes: dict, text: str) -> None:
+    case = AttentionCase("cuda", "9.0", torch.bfloat16, 192, 128)
+    assert supports(case, complete=True) is None
+    assert re.search(f"^the attention kernel takes {text}$", str(supports(case._replace(**changes), complete=True)))
 
 
 def test_random_shapes() -> None:

@@ -13,7 +13,7 @@ from flashmoe_train import versions
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.torchtitan.config import FlashMoE
 from flashmoe_train.ops import attention, moe
-from flashmoe_train.ops.library import runs
+from flashmoe_train.ops.library import capability, runs
 
 
 def check_installed() -> None:
@@ -54,7 +54,7 @@ def _supported(choices: FlashMoE, config: Any, model_args: Any) -> list[tuple[st
     dtype = getattr(torch, config.training.mixed_precision_param)
     found = []
     if choices.attention == "flashmoe":
-        case = attention.AttentionCase(device, dtype, *_head_dims(model_args))
+        case = attention.AttentionCase(device, capability(device), dtype, *_head_dims(model_args))
         found.append(("attention", attention.supports(case)))
     if choices.moe == "flashmoe" and experts_of(model_args) is not None:
         found.append(("moe", moe.supports(moe.MoECase(device, dtype))))

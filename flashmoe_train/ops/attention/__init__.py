@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from flashmoe_train.ops.attention import fallback
-from flashmoe_train.ops.attention.checks import check, check_window
+from flashmoe_train.ops.attention.checks import KERNEL_DTYPES, KERNEL_HEAD_DIMS, check, check_window
 from flashmoe_train.ops.attention.operator import attention_forward
-from flashmoe_train.ops.library import has_kernel
+from flashmoe_train.ops.library import HOPPER, capability, has_kernel
 
 __all__ = ["AttentionCase", "attention", "supports"]
 
@@ -78,7 +78,7 @@ def attention(
         softmax_scale = q.shape[-1] ** -0.5
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    if supports(AttentionCase.of(q, v)) is None:
+    if supports(AttentionCase.of(q, v, softmax_scale)) is None:
         out = attention_forward(q, k, v, softmax_scale, left, right, cu_seqlens_q, cu_seqlens_k, deterministic)[0]
     else:
         out = fallback.attention(q, k, v, softmax_scale, (left, right), cu_seqlens_q, cu_seqlens_k, deterministic)
@@ -89,13 +89,17 @@ class AttentionCase(NamedTuple):
     """What decides whether the operator has an implementation: everything else it takes as it comes."""
 
     device_type: str
+    capability: str | None  # compute capability of the GPU
     dtype: torch.dtype
     head_dim: int  # D
     head_dim_v: int  # V
+    positive_scale: bool = True  # the kernel takes maxima before it scales
 
     @classmethod
-    def of(cls, q: Tensor, v: Tensor) -> "AttentionCase":
-        return cls(q.device.type, q.dtype, q.shape[-1], v.shape[-1])
+    def of(cls, q: Tensor, v: Tensor, softmax_scale: float) -> "AttentionCase":
+        device = q.device
+        found = capability(device.type, device.index)
+        return cls(device.type, found, q.dtype, q.shape[-1], v.shape[-1], softmax_scale > 0)
 
 
 def supports(case: AttentionCase, *, complete: bool = False) -> str | None:
@@ -107,4 +111,15 @@ def supports(case: AttentionCase, *, complete: bool = False) -> str | None:
         return None
     if not has_kernel("attention_forward", case.device_type, complete):
         return f"this installation has no compiled attention kernel for device type {case.device_type!r}"
+    takes = "the attention kernel takes"
+    if case.capability != HOPPER:
+        return f"{takes} GPUs of compute capability {HOPPER} (Hopper), found {case.capability}"
+    if case.dtype not in KERNEL_DTYPES:
+        return f"{takes} {' and '.join(map(str, KERNEL_DTYPES))}, found {case.dtype}"
+    # One comparison at a time: of `in`, torch.compile with a symbolic head_dim makes a formula that it never solves.
+    if not any(case.head_dim == d and case.head_dim_v == v for d, v in KERNEL_HEAD_DIMS):
+        allowed = ", ".join(f"{d}/{v}" for d, v in KERNEL_HEAD_DIMS)
+        return f"{takes} head dims of q and k / of v {allowed}, found {case.head_dim}/{case.head_dim_v}"
+    if not case.positive_scale:
+        return f"{takes} a softmax_scale above 0"
     return None

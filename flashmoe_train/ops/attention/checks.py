@@ -1,9 +1,13 @@
-"""What the attention operators accept: everything else is an error that names the argument."""
+"""What the attention operators accept: everything else is an error that names the argument. And what of it the kernel
+for Hopper GPUs takes: everything else there is the fallback's."""
 
 import torch
 from torch import Tensor
 
 from flashmoe_train.ops.library import accumulation_dtype
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # D and V
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[int, int]:

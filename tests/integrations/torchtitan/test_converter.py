@@ -137,7 +137,7 @@ def test_blocks_of_another_class_are_refused_rather_than_left_stock() -> None:
 def test_refuses_to_train_slowly_on_hopper(choices: FlashMoE, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = job.get_train_spec("deepseek_v3").model_args["debugmodel"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     for operator in ("attention", "moe"):
         monkeypatch.setattr(f"flashmoe_train.ops.{operator}.has_kernel", lambda *_: False)
     with pytest.raises(UsageError, match=text):
@@ -145,7 +145,7 @@ def test_refuses_to_train_slowly_on_hopper(choices: FlashMoE, text: str, monkeyp
     compat.check_kernels(FlashMoE(attention="stock", moe="stock"), config(), spec)
     dense = job.get_train_spec("llama3").model_args["debugmodel"]
     compat.check_kernels(FlashMoE(attention="stock"), config(), dense)  # it has no experts
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     compat.check_kernels(choices, config(), spec)
 
 
