@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flashmoe_train.ops.attention.checks import check, check_backward
 from flashmoe_train.ops.attention.reference import reference_backward, reference_forward
+from flashmoe_train.ops.attention.torch_backward import torch_backward
 from flashmoe_train.ops.library import LIBRARY, TAGS, accumulation_dtype, differentiable_once, implement
 
 _ARGUMENTS = (
@@ -25,6 +26,7 @@ attention_backward = torch.ops.flashmoe.attention_backward
 
 implement("attention_forward", reference_forward, "CPU")
 implement("attention_backward", reference_backward, "CPU")
+implement("attention_backward", torch_backward, "CUDA")
 
 
 @torch.library.register_fake("flashmoe::attention_forward", lib=LIBRARY)
