@@ -38,7 +38,7 @@ class Case:
 
         def make(length: int, heads: int, dim: int) -> Tensor:
             sizes = {"b": self.batch, "s": length, "h": heads, "d": dim}
-            x = torch.randn([sizes[c] for c in self.layout], dtype=torch.float64).to(dtype).to(device)
+            x = torch.randn([sizes[c] for c in self.layout], dtype=torch.float64, device=device).to(dtype)
             return x.permute([self.layout.index(c) for c in "bshd"]).detach().requires_grad_()
 
         return (
@@ -56,36 +56,49 @@ class Case:
                 arguments["cu_seqlens_k"] = cumulative(self.documents_k, device)
         return arguments
 
+    def mask(self, q: Tensor) -> tuple:
+        """Arguments of the operator between q, k, v and `deterministic`: scale, left, right, both cu_seqlens."""
+        left, right = (-1 if side is None else side for side in self.window)
+        scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        arguments = self.arguments(q.device.type)
+        cu_seqlens_q = arguments.get("cu_seqlens_q")
+        return scale, left, 0 if self.causal else right, cu_seqlens_q, arguments.get("cu_seqlens_k", cu_seqlens_q)
+
 
 def cumulative(lengths: tuple[int, ...], device: str = "cpu") -> Tensor:
     return torch.tensor(list(itertools.accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
 
 
-def visible(case: Case, length_q: int, length_k: int) -> Tensor:
-    """[S, T]: whether query i sees key j, from the definition, pair by pair."""
-    documents_q = case.documents_q or (length_q,)
-    documents_k = case.documents_k or case.documents_q or (length_k,)
-    mask = torch.zeros(length_q, length_k, dtype=torch.bool)
+def visible(case: Case, length_q: int, length_k: int, device: torch.device) -> Tensor:
+    """[S, T]: whether query i sees key j, from the definition, document by document."""
+    documents_q, documents_k = (length_q,), (length_k,)
+    if case.documents_q is not None:
+        documents_q = case.documents_q
+        documents_k = documents_q if case.documents_k is None else case.documents_k
+    mask = torch.zeros(length_q, length_k, dtype=torch.bool, device=device)
     begin_q = begin_k = 0
     left, right = case.window
     for n_q, n_k in zip(documents_q, documents_k, strict=True):
-        for i, j in itertools.product(range(n_q), range(n_k)):
-            offset = j - (i + n_k - n_q)
-            mask[begin_q + i, begin_k + j] = (
-                (left is None or offset >= -left)
-                and (right is None or offset <= right)
-                and not (case.causal and offset > 0)
-            )
+        i, j = torch.arange(n_q, device=device)[:, None], torch.arange(n_k, device=device)
+        offset = j - (i + n_k - n_q)
+        seen = torch.ones_like(offset, dtype=torch.bool)
+        if left is not None:
+            seen &= offset >= -left
+        if right is not None:
+            seen &= offset <= right
+        if case.causal:
+            seen &= offset <= 0
+        mask[begin_q : begin_q + n_q, begin_k : begin_k + n_k] = seen
         begin_q, begin_k = begin_q + n_q, begin_k + n_k
     return mask
 
 
 def oracle(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(out [B, S, H, V], lse [B, H, S]) in float64 on the CPU, differentiable."""
-    q, k, v = (x.to("cpu", torch.float64) for x in (q, k, v))
+    """(out [B, S, H, V], lse [B, H, S]) in float64, differentiable."""
+    q, k, v = (x.double() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if case.softmax_scale is None else case.softmax_scale
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
-    mask = visible(case, q.shape[1], k.shape[1])
+    mask = visible(case, q.shape[1], k.shape[1], q.device)
     scores = torch.einsum("bihd,bjhd->bhij", q * scale, k).masked_fill(~mask, -torch.inf)
     weights = torch.where(mask.any(-1, keepdim=True), scores, 0.0).softmax(-1) * mask
     return torch.einsum("bhij,bjhv->bihv", weights, v), scores.logsumexp(-1)

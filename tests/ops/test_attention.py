@@ -21,9 +21,9 @@ ops = torch.ops.flashmoe
 def assert_equals_oracle(case: Case, function, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     inputs = case.tensors(dtype, device)
     wanted_out, _ = oracle(case, *inputs)
-    dout = torch.randn(wanted_out.shape, dtype=torch.float64).to(dtype)
+    dout = torch.randn_like(wanted_out).to(dtype)
     wanted = wanted_out.detach(), *torch.autograd.grad(wanted_out, inputs, dout.double())
-    found = forward_backward(function, inputs, dout.to(device))
+    found = forward_backward(function, inputs, dout)
     for name, x, y in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
         assert x.dtype == dtype
         assert_close_in_norm(name, x, y)
@@ -52,12 +52,8 @@ def test_public_function_on_gpu_equals_oracle(case: Case, dtype: torch.dtype) ->
 
 
 def run_fallback(q: Tensor, k: Tensor, v: Tensor, case: Case, deterministic: bool = False) -> Tensor:
-    arguments = case.arguments(q.device.type)
-    left, right = (-1 if side is None else side for side in case.window)
-    cu_q = arguments.get("cu_seqlens_q")
-    cu_k = arguments.get("cu_seqlens_k", cu_q)
-    scale = q.shape[-1] ** -0.5 if case.softmax_scale is None else case.softmax_scale
-    return fallback.attention(q, k, v, scale, (left, 0 if case.causal else right), cu_q, cu_k, deterministic)
+    scale, left, right, cu_q, cu_k = case.mask(q)
+    return fallback.attention(q, k, v, scale, (left, right), cu_q, cu_k, deterministic)
 
 
 @pytest.mark.gpu
@@ -94,7 +90,7 @@ def test_result_has_the_input_dtype_under_autocast() -> None:
 def test_lse(case: Case) -> None:
     q, k, v = case.tensors()
     _, wanted = oracle(case, q, k, v)
-    _, lse = ops.attention_forward(q, k, v, q.shape[-1] ** -0.5, -1, 0 if case.causal else -1, None, None, False)
+    _, lse = ops.attention_forward(q, k, v, *case.mask(q), False)
     torch.testing.assert_close(lse.double(), wanted)
     assert not lse.requires_grad
 
@@ -139,16 +135,12 @@ def test_packed_tensors_without_batch() -> None:
 
 def operator_arguments(case: Case, dtype: torch.dtype = torch.float32) -> tuple:
     q, k, v = case.tensors(dtype)
-    arguments = case.arguments()
-    left, right = (-1 if side is None else side for side in case.window)
-    cu_q = arguments.get("cu_seqlens_q")
-    cu_k = arguments.get("cu_seqlens_k", cu_q)
-    return q, k, v, 0.35, left, 0 if case.causal else right, cu_q, cu_k, False
+    return q, k, v, *case.mask(q), False
 
 
 OPERATOR_CASES = [
     Case(causal=True),
-    Case(layout="bhsd", dim=24, dim_v=16, window=(3, 2)),
+    Case(layout="bhsd", dim=24, dim_v=16, window=(3, 2), softmax_scale=0.35),
     Case(batch=1, length_q=20, documents_q=(5, 15), causal=True),
 ]
 
