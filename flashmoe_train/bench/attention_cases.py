@@ -34,10 +34,11 @@ class Case:
     def label(self) -> str:
         dims = f"d{self.d}" if self.dv == self.d else f"d{self.d}/{self.dv}"
         heads = f"h{self.h}" if self.h_kv == self.h else f"h{self.h}:{self.h_kv}"
-        length = f"s{self.s // 1024}k" if self.s % 1024 == 0 else f"s{self.s}"
-        words = ["causal" if self.causal else "full", dims, length, f"b{self.b}", heads]
-        words += ["varlen"] * (self.documents is not None) + [self.dtype] * (self.dtype != "bf16")
-        return " ".join(words)
+        words = ["causal" if self.causal else "full", dims, f"s{_short(self.s)}", f"b{self.b}", heads]
+        if self.documents is not None:
+            shortest, longest = self.documents
+            words += ["varlen"] + [f"of {_short(longest)}"] * (shortest == longest)
+        return " ".join(words + [self.dtype] * (self.dtype != "bf16"))
 
     @property
     def lengths(self) -> list[int]:
@@ -55,6 +56,10 @@ class Case:
         return 2 * pairs * ((3 * self.d + 2 * self.dv) if backward else (self.d + self.dv))
 
 
+def _short(length: int) -> str:
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
 POINTS = [
     Case(b=16 // k, s=1024 * k, h=2048 // d, d=d, causal=causal)
     for d in (64, 128)
@@ -65,9 +70,15 @@ STANDARD = [
     *POINTS,
     Case(b=2, s=8192, h=16, h_kv=2, d=128, causal=True),
     Case(b=2, s=8192, h=16, h_kv=4, d=128, causal=True),
+    Case(b=1, s=32768, h=32, h_kv=8, d=128, causal=True),
+    Case(b=16, s=1024, h=32, h_kv=4, d=128, causal=True),
     Case(b=4, s=4096, h=16, d=192, dv=128, causal=True),  # DeepSeek's latent attention
+    Case(b=2, s=8192, h=21, d=96, causal=True),
+    Case(b=2, s=8192, h=8, d=256, causal=True),
     Case(b=1, s=16384, h=16, d=128, causal=True, documents=(64, 4096)),
+    Case(b=1, s=16384, h=16, d=128, causal=True, documents=(2048, 2048)),  # the work of the point s2k b8 h16
     *(Case(b=4, s=1024 * k, h=8, d=64, causal=False) for k in (2, 4, 8)),
+    Case(b=4, s=2048, h=8, d=64, causal=True),
     Case(b=1, s=512, h=8, d=64, causal=False, dtype="fp16"),
 ]
 TINY = [

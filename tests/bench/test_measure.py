@@ -390,12 +390,15 @@ def test_compiled_baseline() -> None:
 
 def test_standard_cases() -> None:
     points = [case for case in FORWARD.standard if FORWARD.is_point(case)]
-    assert len(points) == 20 and len(FORWARD.standard) == 28
+    assert len(points) == 20 and len(FORWARD.standard) == 34
     assert all(case.b * case.s == 16384 and case.h * case.d == 2048 for case in points)
     for bench in (FORWARD, BACKWARD, MOE_FORWARD, MOE_BACKWARD, PARTS):
         for cases in (bench.standard, bench.tiny):
             assert max(Counter(case.label for case in cases).values()) == 1
             assert max(Counter(str(case.as_json()) for case in cases).values()) == 1
+    (equal,) = FORWARD.matching("*varlen of 2k")
+    (point,) = FORWARD.matching("causal d128 s2k b8 h16")
+    assert equal.lengths == [2048] * 8 and equal.flops(backward=True) == point.flops(backward=True)
     assert sum(case.skew > 0 for case in MOE_FORWARD.standard) == 2
     assert attention_cases.Case(2, 64, 4, 32, True).as_json() == {
         "b": 2, "s": 64, "h": 4, "h_kv": 4, "d": 32, "dv": 32, "causal": True, "dtype": "bf16",
