@@ -38,7 +38,7 @@ struct Sizes {
   static constexpr int STAGES = 2;                                                  // of k, and of v
   static constexpr bool AHEAD = WIDTH <= 128;  // q of the next tile has room, and its first scores run as this one ends
   static constexpr int Q_STAGES = AHEAD ? 2 : 1;
-  static constexpr bool TRUSTING = AHEAD;  // probabilities are computed before anybody looks for a larger score
+  static constexpr bool TRUSTING = true;  // probabilities are computed before anybody looks for a larger score
   static constexpr int CONSUMERS = QUERIES / 64;                                    // warpgroups
   static constexpr int THREADS = 128 + 128 * CONSUMERS;
   static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
@@ -133,28 +133,27 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
 // are some powers of two larger. So a step takes the reference as it is, and looks for a larger score, and scales all
 // sums, only if one of its probabilities came out too large.
 struct Softmax {
-  static constexpr float LIMIT = 1 << 15;  // of probabilities, for fp16's sake
+  static constexpr float LIMIT = 1 << 15;  // of a step's probabilities, for fp16's sake
 
-  float scale;                                     // times log2(e): powers of two are what the hardware has
-  float reference[2] = {-INFINITY, -INFINITY};     // none yet, as long as no key has been seen
-  float shift[2];                                  // reference * scale; 0, not NaN, where there is none
-  float sum[2] = {0, 0};                           // of this thread's quarter
+  float scale;              // times log2(e): powers of two are what the hardware has
+  float limit[2];           // 0 as long as no key has been seen; NaN for a query that is not there
+  float shift[2] = {0, 0};  // the reference: a score times scale
+  float sum[2] = {0, 0};    // of this thread's quarter
 
   // Raises the references to the largest scores. Sums until now, of values too, are to be scaled by `rescale`.
   template <int COUNT>
   __device__ __forceinline__ void raise(const float (&s)[COUNT], float (&rescale)[2]) {
-    float high[2] = {reference[0], reference[1]};
+    float high[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], s[i]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      high[r] = quad_max(high[r]);
-      const float seen = high[r] == -INFINITY ? 0.f : high[r];
-      shift[r] = seen * scale;
-      // The difference first: where no reference grows this is 1 exactly.
-      rescale[r] = exp2_fast((reference[r] - seen) * scale);
-      reference[r] = high[r];
+      const float before = limit[r] == 0 ? -INFINITY : shift[r];
+      const float raised = fmaxf(before, quad_max(high[r]) * scale);
+      shift[r] = raised == -INFINITY ? 0 : raised;  // not NaN where all is hidden
+      rescale[r] = exp2_fast(before - shift[r]);
       sum[r] *= rescale[r];
+      if (raised > -INFINITY && limit[r] == 0) limit[r] = LIMIT;
     }
   }
 
@@ -170,10 +169,10 @@ struct Softmax {
     }
   }
 
-  // Whether the references have to be raised before such probabilities are used. The same in all threads of a warp.
+  // Whether the references have to be raised before such probabilities are used. The same in all threads of a warp. Nothing
+  // is compared with NaN: rows of the next document change no bit of this one's.
   __device__ __forceinline__ bool too_low(const float (&total)[2]) {
-    const bool fits = total[0] < LIMIT && total[1] < LIMIT && fminf(reference[0], reference[1]) > -INFINITY;
-    return !__all_sync(0xffffffff, fits);
+    return __any_sync(0xffffffff, total[0] >= limit[0] || total[1] >= limit[1]);
   }
 };
 
@@ -289,7 +288,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
     const int first_whole = (band_of(w, tile, tile.query + warpgroup * 64 + 63).begin + S::KEYS - 1) / S::KEYS;
     const int end_whole = band_of(w, tile, tile.query + warpgroup * 64).end / S::KEYS;
     const auto is_whole = [&](int i) { return i >= first_whole && i < end_whole; };
-    Softmax softmax{w.scale};
+    Softmax softmax{w.scale, {row < tile.queries ? 0 : NAN, row + 8 < tile.queries ? 0 : NAN}};
 
     if (unseen) skip_v();
     if (w.query_bounds && tile.keys < end * S::KEYS) {
@@ -453,7 +452,7 @@ cudaError_t forward_of(const AttentionForwardParams& p, cudaStream_t stream) {
   if constexpr (compiled(96)) if (is(96, 96)) return forward<Sizes<T, 96, 96, 128, 128>>(p, stream);
   if constexpr (compiled(128)) if (is(128, 128)) return forward<Sizes<T, 128, 128, 128, 128>>(p, stream);
   if constexpr (compiled(192)) if (is(192, 128)) return forward<Sizes<T, 192, 128, 128, 128>>(p, stream);
-  if constexpr (compiled(256)) if (is(256, 256)) return forward<Sizes<T, 256, 256, 128, 80>>(p, stream);
+  if constexpr (compiled(256)) if (is(256, 256)) return forward<Sizes<T, 256, 256, 128, 64>>(p, stream);
   return cudaErrorInvalidValue;
 }
 

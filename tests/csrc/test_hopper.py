@@ -444,6 +444,16 @@ def test_reductions_over_a_quad(library: Library) -> None:
 
 
 @pytest.mark.gpu
+def test_quad_transpose(library: Library) -> None:
+    pairs = torch.arange(128 * 4, dtype=torch.int32, device="cuda").view(
+        32, 4, 4
+    )  # quads, threads, blocks of 8 columns
+    found = torch.full_like(pairs, -1)
+    library("transpose", pairs, found)
+    assert torch.equal(found, pairs.transpose(1, 2))
+
+
+@pytest.mark.gpu
 def test_exp2(library: Library) -> None:
     x = torch.rand(1024) * 140 - 130
     x[:100] = torch.arange(-95, 5)

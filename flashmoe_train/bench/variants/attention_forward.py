@@ -54,9 +54,9 @@ class Ragged(Case):
         return f"{mask} b{self.b} s{self.s}:{self.keys} h{self.h}:{self.h_kv} {self.kind}".rstrip()
 
 
-def checks(d: int) -> list[Ragged]:
+def checks(d: int, dv: int) -> list[Ragged]:
     found = [
-        Ragged(b=2, s=queries, h=h, h_kv=h_kv, d=d, causal=causal, keys=keys)
+        Ragged(b=2, s=queries, h=h, h_kv=h_kv, d=d, dv=dv, causal=causal, keys=keys)
         for queries, keys, h, h_kv in (
             (128, 128, 2, 2), (256, 384, 2, 2), (1, 1, 1, 1), (7, 63, 3, 1), (64, 65, 2, 2), (129, 127, 4, 2),
             (300, 40, 2, 2), (64, 700, 2, 1), (1000, 1000, 6, 2), (513, 513, 40, 40),
@@ -65,13 +65,15 @@ def checks(d: int) -> list[Ragged]:
     ]  # fmt: skip
     # What small errors of every step add up to.
     return found + [
-        Ragged(b=1, s=256, h=2, h_kv=2, d=d, causal=True, keys=8192, kind=kind) for kind in ("loud", "equal")
+        Ragged(b=1, s=256, h=2, h_kv=2, d=d, dv=dv, causal=True, keys=8192, kind=kind) for kind in ("loud", "equal")
     ]
 
 
-def cases(d: int) -> list[Case]:
+def cases(d: int, dv: int) -> list[Case]:
     return [
-        Case(b=16 // k, s=1024 * k, h=2048 // d, d=d, causal=causal) for causal in (False, True) for k in (1, 4, 16)
+        Case(b=16 // k, s=1024 * k, h=2048 // dv, d=d, dv=dv, causal=causal)
+        for causal in (False, True)
+        for k in (1, 4, 16)
     ]
 
 
@@ -95,7 +97,7 @@ def _prepare(case: Case, device: torch.device) -> Trial:
     ragged = isinstance(case, Ragged)
     keys = case.keys if isinstance(case, Ragged) else case.s
     q = _tensor((case.b, case.s, case.h, case.d), device, ragged)[0].normal_()
-    k, v = (_tensor((case.b, keys, case.h_kv, case.d), device, ragged)[0].normal_() for _ in range(2))
+    k, v = (_tensor((case.b, keys, case.h_kv, dim), device, ragged)[0].normal_() for dim in (case.d, case.dv))
     if isinstance(case, Ragged) and case.kind:
         q.mul_(300)
     if isinstance(case, Ragged) and case.kind == "equal":
@@ -138,69 +140,51 @@ def _prepare(case: Case, device: torch.device) -> Trial:
 
 # ------------------------------------------------------------------------------------------------------------ variants
 
+
 def constant(name: str, now: str, then: str) -> tuple[tuple[str, str], ...]:
     return ((f"{name} = {now}", f"{name} = {then}"),)
 
 
-def late_turns(taken: bool) -> tuple[tuple[str, str], ...]:
-    """The turn passes when the scores are there, not when all has been issued."""
-    return constant("LATE_TURNS", "CONSUMERS == 2", str(taken).lower())
-
-
-NO_TURNS = tuple(
-    (text, "")
-    for text in (
-        "  ConsumerTurns::start(warpgroup);\n",
-        "      ConsumerTurns::wait(warpgroup);\n",
-        "      if (S::LATE_TURNS) ConsumerTurns::pass(warpgroup);\n",
-        "      if (!S::LATE_TURNS) ConsumerTurns::pass(warpgroup);\n",
-    )
+_PASS = "      ConsumerTurns::pass(warpgroup);\n"
+_SCORES = "      wgmma_wait<1>();\n      pin(s);\n"
+_VALUES = "      multiply_values<S>(o, p, advance(v, v_step.stage * V_STAGE), i < end - 2);\n      wgmma_commit();\n"
+# The turn passes when all has been issued, not when the scores are there; or there is none.
+EARLY_TURNS = ((_SCORES + _PASS, _SCORES), (_VALUES, _VALUES + _PASS))
+NO_TURNS = (
+    ("  ConsumerTurns::start(warpgroup);\n", ""),
+    ("      ConsumerTurns::wait(warpgroup);\n      wgmma_fence", "      wgmma_fence"),
+    (_SCORES + _PASS, _SCORES),
+    ("    ConsumerTurns::wait(warpgroup);\n    ConsumerTurns::pass(warpgroup);\n    shared", "    shared"),
 )
 # The next tile's scores wait until this one's values have left.
-NOT_AHEAD = constant("AHEAD", "WIDTH <= 128", "false")
+NOT_AHEAD = (*constant("AHEAD", "WIDTH <= 128", "false"), *constant("TRUSTING", "AHEAD", "true"))
 # The references are the largest scores in every step.
-ALWAYS_RAISED = constant("TRUSTING", "AHEAD", "false")
+NOT_TRUSTING = constant("TRUSTING", "AHEAD", "false")
+# A warpgroup computes the steps that it does not see too.
+NOTHING_SKIPPED = (
+    ("return tile.end - tile.begin > 1 && band_of", "return false && band_of"),
+    ("i >= begin && tile.query + warpgroup * 64 >= tile.queries; --i) skip_k", "false; --i) skip_k"),
+)
 
 
-def polynomial(eighths: int) -> tuple[tuple[str, str], ...]:
-    """So many of eight powers of two on the FMA pipe."""
-    function = (
-        "__device__ __forceinline__ float exp2_polynomial(float x) {\n"
-        "  x = fmaxf(x, -127.f);\n"
-        "  const float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);\n"
-        "  const float p = fmaf(fmaf(fmaf(0.0559220f, f, 0.2402265f), f, 0.6931472f), f, 1.f);\n"
-        "  return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));\n"
-        "}\n"
-    )
-    return (
-        ("// The softmax of the two queries of which", f"{function}// The softmax of the two queries of which"),
-        (
-            "b = exp2_fast(s[2 * i + 1] * scale - shift[i % 2]);",
-            f"x = s[2 * i + 1] * scale - shift[i % 2], b = i / 2 * {eighths} % 4 < {eighths} ? exp2_polynomial(x) : exp2_fast(x);",
-        ),
-    )
-
-
-def sizes(d: int, now: tuple[int, int], then: tuple[int, int]) -> tuple[tuple[str, str], ...]:
-    """Queries of a tile and keys of a step."""
-    return ((f"Sizes<T, {d}, {d}, {now[0]}, {now[1]}>", f"Sizes<T, {d}, {d}, {then[0]}, {then[1]}>"),)
+def sizes(now: str, then: str) -> tuple[tuple[str, str], ...]:
+    """Head dims, queries of a tile and keys of a step."""
+    return ((f"Sizes<T, {now}>", f"Sizes<T, {then}>"),)
 
 
 # The stage that a consumer does not give back is waited for by the producer, for ever.
-_DEADLOCK = (
-    ("      pin(p);\n      release_v();\n", "      pin(p);\n      v_step.next();\n"),
-)
+_DEADLOCK = (("      pin(p);\n      release_v();\n", "      pin(p);\n      v_step.next();\n"),)
 
 
-def study(d: int, variants: dict[str, tuple[tuple[str, str], ...]]) -> Study:
+def study(d: int, variants: dict[str, tuple[tuple[str, str], ...]], dv: int = 0) -> Study:
     return Study(
         title=f"Attention, forward, d{d}",
         source="attention/forward.cu",
         function="attention_forward",
         params=Params,
         variants={name: Variant({"FORWARD_DIM": d}, edits) for name, edits in variants.items()},
-        checks=checks(d),
-        cases=cases(d),
+        checks=checks(d, dv or d),
+        cases=cases(d, dv or d),
         prepare=_prepare,
     )
 
@@ -209,14 +193,13 @@ STUDY = study(
     128,
     {
         "now": (),
+        "early_turns": EARLY_TURNS,
         "no_turns": NO_TURNS,
-        "early_turns": late_turns(False),
+        "not_trusting": NOT_TRUSTING,
         "not_ahead": NOT_AHEAD,
-        "always_raised": ALWAYS_RAISED,
-        "keys_176": (*sizes(128, (128, 128), (128, 176)), *NOT_AHEAD),
-        "keys_160": sizes(128, (128, 128), (128, 160)),
-        "keys_144": sizes(128, (128, 128), (128, 144)),
         "no_overlap": (("wgmma_wait<1>();\n      pin(s);", "wgmma_wait<0>();\n      pin(s);"),),
+        "keys_96": sizes("128, 128, 128, 128", "128, 128, 128, 96"),
+        "keys_160": sizes("128, 128, 128, 128", "128, 128, 128, 160"),
         "deadlock": _DEADLOCK,
     },
 )

@@ -1,11 +1,12 @@
 """The study of attention's forward kernel with head dim 64, where the exponentials take as long as the products."""
 
 from flashmoe_train.bench.variants.attention_forward import (
-    ALWAYS_RAISED,
+    EARLY_TURNS,
     NO_TURNS,
+    NOT_AHEAD,
+    NOT_TRUSTING,
+    NOTHING_SKIPPED,
     constant,
-    late_turns,
-    polynomial,
     sizes,
     study,
 )
@@ -14,13 +15,13 @@ STUDY = study(
     64,
     {
         "now": (),
+        "early_turns": EARLY_TURNS,
         "no_turns": NO_TURNS,
-        "late_turns": late_turns(True),
-        "always_raised": ALWAYS_RAISED,
-        "polynomial_1": polynomial(1),
+        "not_trusting": NOT_TRUSTING,
+        "not_ahead": NOT_AHEAD,
+        "nothing_skipped": NOTHING_SKIPPED,
         "stages_3": constant("STAGES", "2; ", "3; "),
-        "two_consumers": sizes(64, (192, 128), (128, 128)),
-        "two_consumers_176": sizes(64, (192, 128), (128, 176)),
-        "two_consumers_192": sizes(64, (192, 128), (128, 192)),
+        "two_consumers": sizes("64, 64, 192, 128", "64, 64, 128, 128"),
+        "two_consumers_not_trusting": (*sizes("64, 64, 192, 128", "64, 64, 128, 128"), *NOT_TRUSTING),
     },
 )

@@ -13,6 +13,9 @@ from flashmoe_train.ops.attention.reference import reference_backward
 
 aten = torch.ops.aten
 
+# Of a tensor: beyond 2^31 - 1 cuDNN's dq is wrong.
+_CUDNN_ELEMENTS = 2**31 - 1
+
 
 def torch_backward(
     dout: Tensor,
@@ -48,8 +51,11 @@ def torch_backward(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         full, causal = left < 0 and right < 0, left < 0 and right == 0 and length_q == length_k
         # cuDNN's sums have no fixed order; PyTorch does not let it take a sequence of one key either.
-        if (full or causal) and length_k > 1 and not deterministic:
-            return _cudnn(dout, q, k, v, out, lse, softmax_scale, causal)
+        most = max(x[0].numel() for x in (q, k, v, out))
+        if (full or causal) and length_k > 1 and most < _CUDNN_ELEMENTS and not deterministic:
+            pieces = zip(*(x.split(_CUDNN_ELEMENTS // most) for x in (dout, q, k, v, out, lse)), strict=True)
+            grads = [_cudnn(*piece, softmax_scale, causal) for piece in pieces]
+            return grads[0] if len(grads) == 1 else tuple(map(torch.cat, zip(*grads, strict=True)))  # type: ignore
         # Every sequence of the batch as a document: those can be told that the longest has other lengths.
         cu_seqlens_q, cu_seqlens_k = (
             torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1], dtype=torch.int32, device=x.device) for x in (q, k)

@@ -1,6 +1,7 @@
 // Reductions, and how kernels follow one another.
 #include "hopper/launch.cuh"
 #include "hopper/reduce.cuh"
+#include "hopper/wgmma.cuh"
 #include "selftest.h"
 
 namespace flashmoe::hopper {
@@ -16,6 +17,11 @@ __global__ void __launch_bounds__(128) add_kernel(const float4* terms, float* su
 __global__ void __launch_bounds__(128) reduce_kernel(const float* x, float* maximum, float* sum, float* power) {
   const int i = blockIdx.x * 128 + threadIdx.x;
   maximum[i] = quad_max(x[i]), sum[i] = quad_sum(x[i]), power[i] = exp2_fast(x[i]);
+}
+
+// out: what a quad has of 8 columns a thread; pairs: [128, 4], as the threads of a warpgroup have them of 32 columns.
+__global__ void __launch_bounds__(128) transpose_kernel(const uint32_t* pairs, uint4* out) {
+  out[threadIdx.x] = quad_transpose(pairs + threadIdx.x * 4);
 }
 
 // How often each lane of 4 warps is elected in 3 calls.
@@ -56,6 +62,9 @@ EXPORT int hopper_add(const float4* terms, float* sums, int count, int blocks) {
 }
 EXPORT int hopper_reduce(const float* x, int blocks, float* maximum, float* sum, float* power) {
   return run([&] { return launch(reduce_kernel, {dim3(blocks), dim3(128)}, x, maximum, sum, power); });
+}
+EXPORT int hopper_transpose(const uint32_t* pairs, uint4* out) {
+  return run([&] { return launch(transpose_kernel, {dim3(1), dim3(128)}, pairs, out); });
 }
 EXPORT int hopper_elected(int* out) {
   return run([&] { return launch(elected_kernel, {dim3(1), dim3(128)}, out); });
