@@ -22,6 +22,5 @@ STUDY = study(
         "nothing_skipped": NOTHING_SKIPPED,
         "stages_3": constant("STAGES", "2; ", "3; "),
         "two_consumers": sizes("64, 64, 192, 128", "64, 64, 128, 128"),
-        "two_consumers_not_trusting": (*sizes("64, 64, 192, 128", "64, 64, 128, 128"), *NOT_TRUSTING),
     },
 )
