@@ -255,14 +255,14 @@ def test_check_of_attention_forward(number: int, wrong: str) -> None:
 
     def launch(p: Any) -> None:
         q, k, v, out = (
-            tensor(getattr(p, name), (p.batch, rows, heads, p.dim), strides, torch.bfloat16)
-            for name, rows, heads in (("q", p.queries, p.heads), ("k", p.keys, p.kv_heads), ("v", p.keys, p.kv_heads),
-                                      ("out", p.queries + 1, p.heads))
+            tensor(getattr(p, name), (p.batch, *sizes), strides, torch.bfloat16)
+            for name, sizes in (("q", (p.queries, p.heads, p.dim)), ("k", (p.keys, p.kv_heads, p.dim)),
+                                ("v", (p.keys, p.kv_heads, p.dim_v)), ("out", (p.queries + 1, p.heads, p.dim_v)))
             for strides in [(*(getattr(getattr(p, f"{name}_strides"), d) for d in ("batch", "row", "head")), 1)]
         )  # fmt: skip
         shape = (p.batch, p.heads, p.queries)
         lse = tensor(p.lse, shape, (shape[1] * shape[2], shape[2], 1), torch.float32)
-        mask = (p.scale, -1, 0 if p.causal else -1, None, None, True)
+        mask = (p.scale, p.left, p.right, None, None, True)
         out[:, :-1], lse[:] = reference_forward(q.float(), k.float(), v.float(), *mask)
         if wrong == "one element of out":
             out[0, 0, 0, 5] += 0.3
@@ -282,13 +282,14 @@ def test_attention_forward_as_it_stands(tmp_path: Path) -> None:
     """No spill, no note of ptxas, all products on the tensor cores; a missing fence would be noted."""
     name, study = load("attention_forward")
     twice = "      wgmma_fence();\n      multiply_values"
-    variants = {"plain": Variant(), "unfenced": Variant(edits=[(twice, "      multiply_values")])}
+    alone = {"FORWARD_DIM": 128}
+    variants = {"plain": Variant(alone), "unfenced": Variant(alone, [(twice, "      multiply_values")])}
     built = build.build(name, study, variants, tmp_path, jobs=2).variants
     assert not built["plain"].failed and not built["plain"].notes
-    (kernel,) = built["plain"].kernels
-    assert kernel.spilled == kernel.stack == 0
-    # First scores; scores and values of a step, with and without a mask; last values.
-    assert built["plain"].hgmma in (None, 6 * 8)
+    assert len(built["plain"].kernels) == 2  # the other lists the tiles of documents
+    assert not any(kernel.spilled or kernel.stack for kernel in built["plain"].kernels)
+    # First scores, of the first tile and the next; scores and values of a step, with and without a mask; last values.
+    assert built["plain"].hgmma in (None, 7 * 8)
     assert [note[:5] for note in built["unfenced"].notes] == ["C7519"] * len(built["unfenced"].notes) != []
 
 
@@ -298,7 +299,7 @@ def test_attention_forward_as_it_stands(tmp_path: Path) -> None:
 def test_deadlock_is_reported(tmp_path: Path) -> None:
     """The watchdog says who waits for what; who does not hang is measured all the same."""
     _, study = load("attention_forward")
-    variants = {name: study.variants[name] for name in ("dynamic", "deadlock")}
+    variants = {name: study.variants[name] for name in ("now", "deadlock")}
     build.build("attention_forward", study, variants, tmp_path / "attention_forward", jobs=2)
     out = tmp_path / "out.json"
     case = study.cases[0].label
@@ -306,7 +307,7 @@ def test_deadlock_is_reported(tmp_path: Path) -> None:
     done = command("run", "attention_forward", *options)
     assert done.returncode == 1, done.stdout + done.stderr
     problems = {name: variant["problem"] for name, variant in json.loads(out.read_text())["variants"].items()}
-    assert problems["dynamic"] == ""
+    assert problems["now"] == ""
     assert "no end after 3 s; watchdog: block 0 thread 0 and " in problems["deadlock"]
     (row,) = read(out).rows
     assert "dynamic" in row.ms and torch.cuda.get_device_name() == read(out).gpu

@@ -54,8 +54,8 @@ def torch_backward(
         most = max(x[0].numel() for x in (q, k, v, out))
         if (full or causal) and length_k > 1 and most < _CUDNN_ELEMENTS and not deterministic:
             pieces = zip(*(x.split(_CUDNN_ELEMENTS // most) for x in (dout, q, k, v, out, lse)), strict=True)
-            grads = [_cudnn(*piece, softmax_scale, causal) for piece in pieces]
-            return grads[0] if len(grads) == 1 else tuple(map(torch.cat, zip(*grads, strict=True)))  # type: ignore
+            dq, dk, dv = zip(*(_cudnn(piece, softmax_scale, causal) for piece in pieces), strict=True)
+            return _joined(dq), _joined(dk), _joined(dv)
         # Every sequence of the batch as a document: those can be told that the longest has other lengths.
         cu_seqlens_q, cu_seqlens_k = (
             torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[1], dtype=torch.int32, device=x.device) for x in (q, k)
@@ -68,10 +68,14 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _cudnn(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softmax_scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+def _joined(pieces: tuple[Tensor, ...]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _cudnn(tensors: tuple[Tensor, ...], softmax_scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`tensors`: dout, q, k, v, out and lse."""
+    dout, q, k, v, out = (x.transpose(1, 2) for x in tensors[:5])
+    lse = tensors[5]
     unused = q.new_empty(0)  # the state of dropout's random numbers
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse.contiguous().unsqueeze(-1), unused, unused, None, None, None, q.shape[2], k.shape[2],
