@@ -32,14 +32,13 @@ template <typename Element, int D, int V, int TILE, int STEP>
 struct Sizes {
   using T = Element;
   static constexpr int DIM = D, DIM_V = V;
-  static constexpr int QUERIES = TILE;                                              // of a tile
-  static constexpr int KEYS = STEP;                                                 // of a step
-  static constexpr int WIDTH = (D + 63) / 64 * 64, WIDTH_V = (V + 63) / 64 * 64;    // columns in memory: slabs of 64
-  static constexpr int STAGES = 2;                                                  // of k, and of v
+  static constexpr int WIDTH = (D + 63) / 64 * 64, WIDTH_V = (V + 63) / 64 * 64;  // columns in memory: slabs of 64
+  static constexpr int QUERIES = TILE;                                            // of a tile
+  static constexpr int KEYS = STEP;                                               // of a step
+  static constexpr int STAGES = 2;                                                // of k, and of v
   static constexpr bool AHEAD = WIDTH <= 128;  // q of the next tile has room, and its first scores run as this one ends
   static constexpr int Q_STAGES = AHEAD ? 2 : 1;
-  static constexpr bool TRUSTING = true;  // probabilities are computed before anybody looks for a larger score
-  static constexpr int CONSUMERS = QUERIES / 64;                                    // warpgroups
+  static constexpr int CONSUMERS = QUERIES / 64;  // warpgroups
   static constexpr int THREADS = 128 + 128 * CONSUMERS;
   static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 };
@@ -130,8 +129,8 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
 // The softmax of the two queries of which this thread holds a quarter of the scores, step by step.
 //
 // Probabilities are relative to a score that need not be the largest: floating-point numbers lose nothing when all of them
-// are some powers of two larger. So a step takes the reference as it is, and looks for a larger score, and scales all
-// sums, only if one of its probabilities came out too large.
+// are some powers of two larger. So a step takes the reference as it is, and only if its probabilities came out too large it
+// looks for the largest score, scales all sums, and computes them again.
 struct Softmax {
   static constexpr float LIMIT = 1 << 15;  // of a step's probabilities, for fp16's sake
 
@@ -319,20 +318,17 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
       ConsumerTurns::pass(warpgroup);
       release_k();
       if constexpr (decltype(masked)::value) mask(s, seen, i * S::KEYS + fragment_column(thread));
-      if constexpr (!S::TRUSTING) softmax.raise(s, rescale);
 
-      // Not later: exponentials beside the warpgroup's own products cost 3 to 5 %; the others' products hide them.
+      // Not later: the others' products hide the exponentials better than the warpgroup's own.
       wgmma_wait<0>();
       pin(o);
       pin(p);
       release_v();
       float total[2];
       softmax.exponentials<T>(s, p, total);
-      if (!S::TRUSTING || softmax.too_low(total)) {
-        if constexpr (S::TRUSTING) {
-          softmax.raise(s, rescale);
-          softmax.exponentials<T>(s, p, total);
-        }
+      if (softmax.too_low(total)) {
+        softmax.raise(s, rescale);
+        softmax.exponentials<T>(s, p, total);
 #pragma unroll
         for (int j = 0; j < S::DIM_V / 2; ++j) o[j] *= rescale[j / 2 % 2];
       }

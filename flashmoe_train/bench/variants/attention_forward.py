@@ -157,7 +157,17 @@ NO_TURNS = (
 # The next tile's scores wait until this one's values have left.
 NOT_AHEAD = constant("AHEAD", "WIDTH <= 128", "false")
 # The references are the largest scores in every step.
-NOT_TRUSTING = constant("TRUSTING", "true", "false")
+NOT_TRUSTING = (
+    (
+        "fragment_column(thread));\n\n      // Not later",
+        "fragment_column(thread));\n      softmax.raise(s, rescale);\n\n      // Not later",
+    ),
+    (
+        "      if (softmax.too_low(total)) {\n        softmax.raise(s, rescale);\n"
+        "        softmax.exponentials<T>(s, p, total);\n",
+        "      {\n",
+    ),
+)
 # A warpgroup computes the steps that it does not see too.
 NOTHING_SKIPPED = (
     ("return tile.end - tile.begin > 1 && band_of", "return false && band_of"),
