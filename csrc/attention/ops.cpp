@@ -50,6 +50,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    int64_t window_left, int64_t window_right, const std::optional<Tensor>& cu_seqlens_q,
                                    const std::optional<Tensor>& cu_seqlens_k, bool /*deterministic: always*/) {
   STD_TORCH_CHECK(q.is_cuda(), "q must be on a CUDA device like the other tensors");
+  int capability = 0;
+  cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, q.get_device_index());
+  STD_TORCH_CHECK(capability == 9, "attention's kernel runs on GPUs of compute capability 9.0 (Hopper), found ", capability,
+                  ".x; flashmoe_train.attention takes PyTorch's kernels there");
   check_heads("q", q, q);
   check_heads("k", k, q);
   check_heads("v", v, q);
