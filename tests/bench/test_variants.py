@@ -310,4 +310,4 @@ def test_deadlock_is_reported(tmp_path: Path) -> None:
     assert problems["now"] == ""
     assert "no end after 3 s; watchdog: block 0 thread 0 and " in problems["deadlock"]
     (row,) = read(out).rows
-    assert "dynamic" in row.ms and torch.cuda.get_device_name() == read(out).gpu
+    assert "now" in row.ms and torch.cuda.get_device_name() == read(out).gpu
