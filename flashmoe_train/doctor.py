@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flashmoe_train import support, versions
-from flashmoe_train.ops.library import COMPILED, CUDA_LIBRARY, capability, runs
+from flashmoe_train.ops.library import COMPILED, CUDA_LIBRARY, HOPPER, capability, runs
 
 State = Literal["ok", "note", "problem"]
 
@@ -99,7 +99,7 @@ def _operators() -> Iterator[Finding]:
     for operator, reason in support.reasons(device, capability(device), dtype).items():
         if reason is None:
             yield Finding("ok", operator, f"{runs(None, device)}, {str(dtype).removeprefix('torch.')}")
-        elif device == "cuda" and torch.cuda.get_device_capability()[0] == 9:
+        elif capability(device) == HOPPER:
             yield Finding("problem", operator, f"{reason}: on this GPU `flashmoe train` asks for --allow-fallback")
         else:
             yield Finding("note", operator, runs(reason, device))

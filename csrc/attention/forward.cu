@@ -9,7 +9,7 @@
 // that the band's right edge or the last key cuts, then those of which every query sees all, then those at its left edge.
 // docs/kernels/attention.md says what was tried and measured.
 #include <algorithm>
-#include <cstddef>
+#include <type_traits>
 
 #include "attention/attention.h"
 #include "attention/softmax.cuh"

@@ -46,7 +46,8 @@ struct Softmax {
     total[0] = total[1] = 0;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-      const float a = hopper::exp2_fast(s[2 * i] * scale - shift[i % 2]), b = hopper::exp2_fast(s[2 * i + 1] * scale - shift[i % 2]);
+      const float a = hopper::exp2_fast(s[2 * i] * scale - shift[i % 2]);
+      const float b = hopper::exp2_fast(s[2 * i + 1] * scale - shift[i % 2]);
       total[i % 2] += a, total[i % 2] += b;
       p[i] = hopper::pack<T>(a, b);
     }

@@ -445,9 +445,8 @@ def test_reductions_over_a_quad(library: Library) -> None:
 
 @pytest.mark.gpu
 def test_quad_transpose(library: Library) -> None:
-    pairs = torch.arange(128 * 4, dtype=torch.int32, device="cuda").view(
-        32, 4, 4
-    )  # quads, threads, blocks of 8 columns
+    # Quads, threads, blocks of 8 columns.
+    pairs = torch.arange(128 * 4, dtype=torch.int32, device="cuda").view(32, 4, 4)
     found = torch.full_like(pairs, -1)
     library("transpose", pairs, found)
     assert torch.equal(found, pairs.transpose(1, 2))

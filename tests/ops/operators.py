@@ -1,5 +1,6 @@
 """What the operator tests of all families share."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing._internal.optests.generate_tests import ALL_TEST_UTILS
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 
 def forward_backward(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
@@ -35,6 +37,15 @@ def assert_opcheck(operator: torch._ops.OpOverload, arguments: tuple) -> None:
     """PyTorch's own checks of schema, autograd registration, fake and AOT dispatch, all of them."""
     results = torch.library.opcheck(operator, arguments, test_utils=list(ALL_TEST_UTILS))
     assert set(results.values()) == {"SUCCESS"}
+
+
+def saving(*operators: torch._ops.OpOverload) -> Callable[[], tuple]:
+    """`context_fn` of torch.utils.checkpoint: what `operators` return is saved, all else computed again."""
+
+    def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in operators else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return functools.partial(create_selective_checkpoint_contexts, policy)
 
 
 class CountOperators(TorchDispatchMode):

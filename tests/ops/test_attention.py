@@ -6,14 +6,14 @@ import re
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashmoe_train import attention
 from flashmoe_train.ops.attention import AttentionCase, fallback, supports
 
 from .attention_cases import CASES, Case, cumulative, oracle
-from .operators import CountOperators, assert_close_in_norm, assert_opcheck, chooser, forward_backward
+from .operators import CountOperators, assert_close_in_norm, assert_opcheck, chooser, forward_backward, saving
 
 ops = torch.ops.flashmoe
 
@@ -175,11 +175,6 @@ def test_compiles_once_for_all_lengths(documents: bool) -> None:
                 torch.testing.assert_close(x, y)
 
 
-def save_attention(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    saved = op == ops.attention_forward.default
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 @pytest.mark.parametrize("mode, forwards", [("none", 1), ("full", 2), ("selective", 1)])
 def test_selective_checkpointing_does_not_recompute(mode: str, forwards: int) -> None:
     q, k, v = Case().tensors()
@@ -187,7 +182,7 @@ def test_selective_checkpointing_does_not_recompute(mode: str, forwards: int) ->
     wanted = torch.autograd.grad(block(q.sin(), k, v).square().sum(), (q, k, v))
     context = {
         "full": {},
-        "selective": {"context_fn": lambda: create_selective_checkpoint_contexts(save_attention)},
+        "selective": {"context_fn": saving(ops.attention_forward.default)},
     }
     with CountOperators() as counter:
         if mode == "none":

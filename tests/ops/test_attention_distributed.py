@@ -1,7 +1,6 @@
 """The attention operator under DTensor, tensor parallelism and FSDP2, on two processes."""
 
 import copy
-import functools
 
 import torch
 import torch.distributed as dist
@@ -12,12 +11,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from flashmoe_train import attention
 
 from .. import processes
-from .test_attention import Case, run_fallback, save_attention
+from .operators import saving
+from .test_attention import Case, run_fallback
 
 
 class Block(nn.Module):
@@ -135,7 +134,7 @@ def check_fsdp2() -> None:
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
         for i, block in enumerate(model):
             if selective:
-                context = functools.partial(create_selective_checkpoint_contexts, save_attention)
+                context = saving(torch.ops.flashmoe.attention_forward.default)
                 block = model[i] = checkpoint_wrapper(block, context_fn=context, preserve_rng_state=False)
             if compiled:
                 block.compile(fullgraph=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import EagerAndRecordGraphs
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from flashmoe_train import attention
 
@@ -24,7 +24,7 @@ from .attention_gpu import (
     out_of,
     random_inputs,
 )
-from .operators import CountOperators, assert_close_in_norm, assert_opcheck, forward_backward
+from .operators import CountOperators, assert_close_in_norm, assert_opcheck, forward_backward, saving
 
 ops = torch.ops.flashmoe
 pytestmark = ON_HOPPER
@@ -322,11 +322,6 @@ def test_compiled_code_calls_the_operator() -> None:
     assert any("flashmoe.attention_forward" in target for target in called), called
 
 
-def save_attention(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    saved = op == ops.attention_forward.default
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def test_selective_checkpointing_does_not_recompute() -> None:
     q, k, v = Case(length_q=200, dim=128).tensors(torch.bfloat16, "cuda")
     dout = torch.randn(q.shape, device="cuda").bfloat16()
@@ -335,8 +330,7 @@ def test_selective_checkpointing_does_not_recompute() -> None:
         return attention(q.sin(), k, v, causal=True, deterministic=True)
 
     def checkpointed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        context = functools.partial(create_selective_checkpoint_contexts, save_attention)
-        return checkpoint(block, q, k, v, use_reentrant=False, context_fn=context)
+        return checkpoint(block, q, k, v, use_reentrant=False, context_fn=saving(ops.attention_forward.default))
 
     wanted = forward_backward(block, (q, k, v), dout)
     with CountOperators() as counter:

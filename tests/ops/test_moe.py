@@ -5,14 +5,14 @@ import functools
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashmoe_train import moe
 from flashmoe_train.ops.moe import MoECase, fallback, moe_combine, moe_permute, moe_rows, route_plan, supports
 
 from .moe_cases import CASES, Case, oracle
-from .operators import CountOperators, assert_close_in_norm, assert_opcheck, chooser, forward_backward
+from .operators import CountOperators, assert_close_in_norm, assert_opcheck, chooser, forward_backward, saving
 
 ops = torch.ops.flashmoe
 NAMES = ("out", "dx", "dw1", "dw2", "dw3", "dweights")
@@ -256,17 +256,12 @@ def test_compiles_once_for_all_lengths_and_routings() -> None:
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
-def save_moe(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    saved = op in (ops.moe_forward.default, ops.route_plan.default)
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def test_selective_checkpointing_does_not_recompute() -> None:
     case = Case()
     inputs, ids = case.tensors(), case.ids()
     block = functools.partial(run, ids=ids, score_mode="combine")
     wanted = torch.autograd.grad(block(*inputs).square().sum(), inputs)
-    context = functools.partial(create_selective_checkpoint_contexts, save_moe)
+    context = saving(ops.moe_forward.default, ops.route_plan.default)
     with CountOperators() as counter:
         out = checkpoint(block, *inputs, use_reentrant=False, context_fn=context)
         found = torch.autograd.grad(out.square().sum(), inputs)

@@ -185,14 +185,15 @@ _DEADLOCK = (("      pin(p);\n      release_v();\n", "      pin(p);\n      v_ste
 
 
 def study(d: int, variants: dict[str, tuple[tuple[str, str], ...]], dv: int = 0) -> Study:
+    dims = d, dv or d
     return Study(
         title=f"Attention, forward, d{d}",
         source="attention/forward.cu",
         function="attention_forward",
         params=Params,
         variants={name: Variant({"FORWARD_DIM": d}, edits) for name, edits in variants.items()},
-        checks=checks(d, dv or d),
-        cases=cases(d, dv or d),
+        checks=checks(*dims),
+        cases=cases(*dims),
         prepare=_prepare,
     )
 

@@ -13,7 +13,7 @@ from flashmoe_train import versions
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.torchtitan.config import FlashMoE
 from flashmoe_train.ops import attention, moe
-from flashmoe_train.ops.library import capability, runs
+from flashmoe_train.ops.library import HOPPER, capability, runs
 
 
 def check_installed() -> None:
@@ -33,7 +33,7 @@ def check_installed() -> None:
 
 def check_kernels(choices: FlashMoE, config: Any, model_args: Any) -> None:
     """Nobody trains slowly by accident: raises UsageError where a Hopper GPU lacks kernels of what is swapped."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    if capability("cuda") != HOPPER:
         return
     reasons = (reason for _, reason in _supported(choices, config, model_args))
     if missing := [reason for reason in reasons if reason is not None]:

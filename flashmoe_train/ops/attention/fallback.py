@@ -104,7 +104,7 @@ def _packed(
 
     def rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
         x = x.squeeze(0).repeat_interleave(heads // x.shape[2], dim=1)
-        return torch.where(_in_document(x, cu_seqlens), F.pad(x, (0, width - x.shape[2])), 0.0)
+        return torch.where(in_document(x, cu_seqlens), F.pad(x, (0, width - x.shape[2])), 0.0)
 
     out = varlen_attn(
         rows(q, cu_seqlens_q),
@@ -118,10 +118,10 @@ def _packed(
         window_size=band,
     )
     assert isinstance(out, Tensor)
-    return torch.where(_in_document(out, cu_seqlens_q), out, 0.0)[None, ..., :dim_v]
+    return torch.where(in_document(out, cu_seqlens_q), out, 0.0)[None, ..., :dim_v]
 
 
-def _in_document(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+def in_document(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[S, 1, 1]: the rows of x that lie before the end of the last document."""
     return (torch.arange(x.shape[0], device=x.device) < cu_seqlens[-1])[:, None, None]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashmoe_train.ops.attention.checks import KERNEL_DTYPES, KERNEL_HEAD_DIMS, check_backward
+from flashmoe_train.ops.attention.fallback import in_document
 from flashmoe_train.ops.attention.reference import reference_backward
 
 aten = torch.ops.aten
@@ -115,7 +116,7 @@ def _flash(
             scale=softmax_scale, window_size_left=left, window_size_right=right,
         )  # fmt: skip
     dq, dk, dv = (
-        torch.where(_in_document(grad, cu_seqlens), grad, 0.0)[..., : x.shape[3]].contiguous().view(x.shape)
+        torch.where(in_document(grad, cu_seqlens), grad, 0.0)[..., : x.shape[3]].contiguous().view(x.shape)
         for grad, x, cu_seqlens in zip(grads, (q, k, v), (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k), strict=True)
     )
     return dq, dk, dv
@@ -125,10 +126,6 @@ def _rows(x: Tensor, width: int) -> Tensor:
     """`[B, S, H, D]` as `[B · S, H, width]`."""
     x = x.flatten(0, 1)
     return x if x.shape[2] == width else F.pad(x, (0, width - x.shape[2]))
-
-
-def _in_document(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return (torch.arange(rows.shape[0], device=rows.device) < cu_seqlens[-1])[:, None, None]
 
 
 @contextlib.contextmanager
