@@ -43,7 +43,8 @@ struct Sizes {
   static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 };
 
-constexpr int TILES = 3;  // that somebody is at work on: the producer, and consumers between two
+constexpr int SMALLEST_TILE = 64;  // in queries: the workspace has room for so many tiles
+constexpr int TILES = 3;           // that somebody is at work on: the producer, and consumers between two
 
 enum BarrierId { WARPGROUP = 1, TURN = 4 };  // named barriers: one for each consumer
 
@@ -333,11 +334,11 @@ __global__ void __launch_bounds__(S::THREADS, 1) forward_kernel(const __grid_con
     fence_barrier_init();
   }
   __syncthreads();
-  if (threadIdx.x < 128) {
-    fewer_registers<S::PRODUCER_REGISTERS>();
+  if (threadIdx.x < 128) {  // a single consumer has all the registers that it can use as it is
+    if (S::CONSUMERS > 1) fewer_registers<S::PRODUCER_REGISTERS>();
     if (threadIdx.x < 32 && elected()) produce<S>(w, shared);
   } else {
-    more_registers<S::CONSUMER_REGISTERS>();
+    if (S::CONSUMERS > 1) more_registers<S::CONSUMER_REGISTERS>();
     // From one lane, so that the compiler knows it to be the same in all: descriptors stay in uniform registers.
     consume<S>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }
@@ -356,7 +357,7 @@ CUtensorMap map_of(const char* name, const void* base, MapElement element, Atten
 }
 
 template <typename S>
-cudaError_t forward(const AttentionForwardParams& p, cudaStream_t stream) {
+cudaError_t launch_forward(const AttentionForwardParams& p, int multiprocessors, cudaStream_t stream) {
   const MapElement element = p.type == AttentionType::float16 ? MAP_FLOAT16 : MAP_BFLOAT16;
   Work w = work_of(p, S::QUERIES, (S::DIM + S::DIM_V) * element.bytes);
   w.q = map_of("q", p.q, element, p.q_strides, p.batch, p.queries, p.heads, p.dim, S::QUERIES);
@@ -364,14 +365,22 @@ cudaError_t forward(const AttentionForwardParams& p, cudaStream_t stream) {
   w.v = map_of("v", p.v, element, p.v_strides, p.batch, p.keys, p.kv_heads, p.dim_v, S::KEYS);
   w.scale = p.scale * 1.44269504f;
 
-  int device = 0, multiprocessors = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
-    return error;
   if (const cudaError_t error = plan_tiles(w, p.documents, S::QUERIES, S::KEYS, stream)) return error;
   const int64_t tiles = int64_t(w.rows) * w.tiles_per_row;
   const int blocks = int(std::min<int64_t>(tiles, multiprocessors));
   return launch(forward_kernel<S>, {dim3(blocks), dim3(S::THREADS), sizeof(Shared<S>), stream}, w);
+}
+
+// Tiles of 64 queries where that gives no multiprocessor more than one: too few larger ones would leave most of them idle.
+template <typename T, int D, int V, int TILE, int STEP>
+cudaError_t forward(const AttentionForwardParams& p, cudaStream_t stream) {
+  int device = 0, multiprocessors = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  if (int64_t(p.batch) * p.heads * tiles_of_row(p, SMALLEST_TILE) <= multiprocessors)
+    return launch_forward<Sizes<T, D, V, SMALLEST_TILE, STEP>>(p, multiprocessors, stream);
+  return launch_forward<Sizes<T, D, V, TILE, STEP>>(p, multiprocessors, stream);
 }
 
 // A study of one head dim compiles nothing else, for bf16 alone.
@@ -383,16 +392,13 @@ constexpr bool compiled(int dim) { return FORWARD_DIM == 0 || FORWARD_DIM == dim
 template <typename T>
 cudaError_t forward_of(const AttentionForwardParams& p, cudaStream_t stream) {
   const auto is = [&](int dim, int dim_v) { return p.dim == dim && p.dim_v == dim_v; };
-  if constexpr (compiled(64)) if (is(64, 64)) return forward<Sizes<T, 64, 64, 192, 128>>(p, stream);
-  if constexpr (compiled(96)) if (is(96, 96)) return forward<Sizes<T, 96, 96, 128, 128>>(p, stream);
-  if constexpr (compiled(128)) if (is(128, 128)) return forward<Sizes<T, 128, 128, 128, 128>>(p, stream);
-  if constexpr (compiled(192)) if (is(192, 128)) return forward<Sizes<T, 192, 128, 128, 128>>(p, stream);
-  if constexpr (compiled(256)) if (is(256, 256)) return forward<Sizes<T, 256, 256, 128, 64>>(p, stream);
+  if constexpr (compiled(64)) if (is(64, 64)) return forward<T, 64, 64, 192, 128>(p, stream);
+  if constexpr (compiled(96)) if (is(96, 96)) return forward<T, 96, 96, 128, 128>(p, stream);
+  if constexpr (compiled(128)) if (is(128, 128)) return forward<T, 128, 128, 128, 128>(p, stream);
+  if constexpr (compiled(192)) if (is(192, 128)) return forward<T, 192, 128, 128, 128>(p, stream);
+  if constexpr (compiled(256)) if (is(256, 256)) return forward<T, 256, 256, 128, 64>(p, stream);
   return cudaErrorInvalidValue;
 }
-
-// Queries of a tile, by which the workspace is measured: of the smallest tile.
-constexpr int SMALLEST_TILE = 128;
 
 }  // namespace
 

@@ -1,6 +1,8 @@
 """What the tests of attention's CUDA kernel share: masks, calls that only it can answer, bounds of its errors."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,7 +53,18 @@ MASKS = [
     Case(batch=1, length_q=400, documents_q=(300, 100), length_k=200, documents_k=(10, 190), window=(50, 100)),
     Case(batch=1, length_q=40, documents_q=()),
 ]
+# The kernel has small tiles for cases whose tiles, all of them, are at work at the same time.
+TILES = pytest.mark.parametrize("tiles", ["small", "large"])
 SMALL = [case for case in CASES if case.softmax_scale is None or case.softmax_scale > 0]
+
+
+def with_tiles(tiles: str, case: Case) -> Case:
+    """The case as it is, or with so many times the heads that the kernel takes its large tiles."""
+    if tiles == "small":
+        return case
+    busy = torch.cuda.get_device_properties(0).multi_processor_count + 1
+    times = math.ceil(busy / (case.batch * case.heads * max(1, math.ceil(case.length_q / 64))))
+    return replace(case, heads=case.heads * times, groups=case.groups * times)
 
 
 def kernel(

@@ -15,6 +15,7 @@ from .attention_gpu import (
     MASKS,
     ON_HOPPER,
     SMALL,
+    TILES,
     assert_gradients,
     assert_lse,
     assert_right,
@@ -24,6 +25,7 @@ from .attention_gpu import (
     perfect_flash,
     random_inputs,
     sdpa_flash,
+    with_tiles,
 )
 from .operators import assert_close_in_norm, chooser, forward_backward
 
@@ -50,11 +52,12 @@ def test_classic_shapes(dim: int, length: int, causal: bool, dtype: torch.dtype)
     assert largest < (max(1e-2, 1.15 * of_perfect) if causal else 1e-2)
 
 
+@TILES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
-def test_contract_of_out_and_gradients(dim: int, dim_v: int, causal: bool, dtype: torch.dtype) -> None:
-    case = Case(batch=2, length_q=1000, heads=4, groups=4, dim=dim, dim_v=dim_v, causal=causal)
+def test_contract_of_out_and_gradients(dim: int, dim_v: int, causal: bool, dtype: torch.dtype, tiles: str) -> None:
+    case = with_tiles(tiles, Case(batch=2, length_q=1000, heads=4, groups=4, dim=dim, dim_v=dim_v, causal=causal))
     inputs = case.tensors(dtype, "cuda")
     wanted_out, wanted_lse = oracle(case, *inputs)
     dout = torch.randn_like(wanted_out).to(dtype)
@@ -68,21 +71,23 @@ def test_contract_of_out_and_gradients(dim: int, dim_v: int, causal: bool, dtype
     assert_lse("lse", kernel(case, *inputs)[1], wanted_lse)
 
 
+@TILES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
-def test_ragged_lengths(dim: int, dim_v: int, dtype: torch.dtype) -> None:
+def test_ragged_lengths(dim: int, dim_v: int, dtype: torch.dtype, tiles: str) -> None:
     lengths = (1, 7, 63, 64, 65, 127, 129, 1000)
     for length, causal in itertools.product(lengths, (False, True)):
-        case = Case(length_q=length, dim=dim, dim_v=dim_v, causal=causal)
+        case = with_tiles(tiles, Case(length_q=length, dim=dim, dim_v=dim_v, causal=causal))
         q, k, v = random_inputs(case, dtype)
         assert_right(str(case), kernel(case, q, k, v), oracle(case, q, k, v))
 
 
+@TILES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
 @pytest.mark.parametrize("case", MASKS + SMALL, ids=str)
-def test_every_mask(case: Case, dim: int, dim_v: int, dtype: torch.dtype) -> None:
-    case = replace(case, dim=dim, dim_v=dim_v)
+def test_every_mask(case: Case, dim: int, dim_v: int, dtype: torch.dtype, tiles: str) -> None:
+    case = with_tiles(tiles, replace(case, dim=dim, dim_v=dim_v))
     q, k, v = random_inputs(case, dtype)
     assert_right("out", kernel(case, q, k, v), oracle(case, q, k, v))
 
@@ -156,7 +161,7 @@ def random_case(pick: Callable) -> tuple[Case, torch.dtype]:
         ends = [sorted(pick(*range(n + 1)) for _ in range(4)) for n in (case.length_q, case.length_k)]
         documents = [tuple(b - a for a, b in itertools.pairwise([0, *x])) for x in ends]
         case = replace(case, batch=1, documents_q=documents[0], documents_k=documents[1])
-    return case, pick(*DTYPES)
+    return with_tiles(pick("small", "large"), case), pick(*DTYPES)
 
 
 # ------------------------------------------------------------------------------------------------------ stages, by one
@@ -165,12 +170,13 @@ def random_case(pick: Callable) -> tuple[Case, torch.dtype]:
 KEYS = [1, 16, 64, 80, 128, 129, 176, 192, 200, 256, 257, 384, 400]
 
 
+@TILES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
-def test_scores_alone(dim: int, dim_v: int, dtype: torch.dtype) -> None:
+def test_scores_alone(dim: int, dim_v: int, dtype: torch.dtype, tiles: str) -> None:
     """Values that are 1 in one place: out is the probabilities of as many keys as values have dims."""
     for keys in KEYS:
-        case = Case(batch=1, length_q=130, length_k=keys, heads=2, groups=1, dim=dim, dim_v=dim_v)
+        case = with_tiles(tiles, Case(batch=1, length_q=130, length_k=keys, heads=2, groups=1, dim=dim, dim_v=dim_v))
         q, k, v = random_inputs(case, dtype)
         scores = torch.einsum("bihd,bjhd->bihj", q.double(), k.double().repeat_interleave(2, 2)) * dim**-0.5
         wanted = scores.softmax(-1)
@@ -183,12 +189,14 @@ def test_scores_alone(dim: int, dim_v: int, dtype: torch.dtype) -> None:
             assert not out[..., len(seen) :].any()
 
 
+@TILES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
-def test_softmax_alone(dim: int, dim_v: int, dtype: torch.dtype) -> None:
+def test_softmax_alone(dim: int, dim_v: int, dtype: torch.dtype, tiles: str) -> None:
     """Equal keys and values of 1: out is the sum of the probabilities."""
     for keys, causal in itertools.product(KEYS, (False, True)):
         case = Case(batch=1, length_q=keys, heads=2, groups=1, dim=dim, dim_v=dim_v, causal=causal)
+        case = with_tiles(tiles, case)
         q, k, v = random_inputs(case, dtype)
         k = k[:, :1].expand_as(k)
         out, lse = kernel(case, q, k, torch.ones_like(v))
@@ -196,12 +204,14 @@ def test_softmax_alone(dim: int, dim_v: int, dtype: torch.dtype) -> None:
         assert_lse(str(case), lse, oracle(case, q, k, v)[1])
 
 
+@TILES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
-def test_product_with_values_alone(dim: int, dim_v: int, dtype: torch.dtype) -> None:
+def test_product_with_values_alone(dim: int, dim_v: int, dtype: torch.dtype, tiles: str) -> None:
     """Queries of 0: out is the mean of the values, rounded once."""
     for keys, causal in itertools.product(KEYS, (False, True)):
         case = Case(batch=1, length_q=keys, heads=2, groups=1, dim=dim, dim_v=dim_v, causal=causal)
+        case = with_tiles(tiles, case)
         q, k, v = random_inputs(case, dtype)
         out, lse = kernel(case, torch.zeros_like(q), k, v)
         wanted_out, wanted_lse = oracle(case, torch.zeros_like(q), k, v)

@@ -177,7 +177,7 @@ NOTHING_SKIPPED = (
 
 def sizes(now: str, then: str) -> tuple[tuple[str, str], ...]:
     """Head dims, queries of a tile and keys of a step."""
-    return ((f"Sizes<T, {now}>", f"Sizes<T, {then}>"),)
+    return ((f"forward<T, {now}>", f"forward<T, {then}>"),)
 
 
 # The stage that a consumer does not give back is waited for by the producer, for ever.
