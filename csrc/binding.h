@@ -40,6 +40,17 @@ inline void check_launch(cudaError_t error) {
   STD_CUDA_CHECK(error);
 }
 
+// Kernels for the tensor cores are compiled for sm_90a, which runs on Hopper GPUs and no other. `function` is the public
+// one that has the kernel.
+inline void check_hopper(const char* function, int device) {
+  int major = 0, minor = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  STD_TORCH_CHECK(major == 9 && minor == 0, "the ", function,
+                  " kernel takes GPUs of compute capability 9.0 (Hopper), found ", major, ".", minor, "; flashmoe_train.",
+                  function, " runs PyTorch's kernels there");
+}
+
 inline void check_device(const char* name, const Tensor& x, const Tensor& first) {
   STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == first.get_device_index(), name, " must be on CUDA device ",
                   first.get_device_index(), " like the other tensors");

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -32,7 +33,21 @@ void check_heads(const char* name, const Tensor& x, const Tensor& q) {
   check_device(name, x, q);
 }
 
-// TMA reads rows that begin at multiples of 16 bytes, none of them twice: anything else is copied.
+// What attention_forward is compiled for, of q and k / of v; KERNEL_HEAD_DIMS in checks.py are the same.
+constexpr int64_t HEAD_DIMS[][2] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
+
+// Before the launch, whose errors have other reasons.
+void check_head_dims(int64_t dim, int64_t dim_v) {
+  std::string allowed;
+  for (const auto& [d, v] : HEAD_DIMS) {
+    if (dim == d && dim_v == v) return;
+    allowed += std::to_string(d) + "/" + std::to_string(v) + ", ";
+  }
+  STD_TORCH_CHECK(false, "the attention kernel takes head dims of q and k / of v ", allowed, "found ", dim, "/", dim_v);
+}
+
+// TMA reads rows that begin at multiples of 16 bytes, none of them twice: anything else is copied. `copies` in checks.py
+// tells users by the same rule.
 Tensor readable(const Tensor& x) {
   bool fits = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
   for (int i = 0; i < 3; ++i) fits &= x.size(i) <= 1 || (x.stride(i) > 0 && x.stride(i) % 8 == 0);
@@ -50,14 +65,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    int64_t window_left, int64_t window_right, const std::optional<Tensor>& cu_seqlens_q,
                                    const std::optional<Tensor>& cu_seqlens_k, bool /*deterministic: always*/) {
   STD_TORCH_CHECK(q.is_cuda(), "q must be on a CUDA device like the other tensors");
-  int capability = 0;
-  cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, q.get_device_index());
-  STD_TORCH_CHECK(capability == 9, "attention's kernel runs on GPUs of compute capability 9.0 (Hopper), found ", capability,
-                  ".x; flashmoe_train.attention takes PyTorch's kernels there");
+  check_hopper("attention", q.get_device_index());
   check_heads("q", q, q);
   check_heads("k", k, q);
   check_heads("v", v, q);
   STD_TORCH_CHECK(k.size(3) == q.size(3), "q and k must have one head_dim, found q ", text(q), " and k ", text(k));
+  check_head_dims(q.size(3), v.size(3));
   STD_TORCH_CHECK(k.size(1) == v.size(1) && k.size(2) == v.size(2), "k and v must agree in batch, seq and heads, found k ",
                   text(k), " and v ", text(v));
   STD_TORCH_CHECK(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "the heads of q must be a multiple of those of k, found ",
@@ -105,10 +118,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   }
   const Tensor workspace = new_empty(q, {attention_forward_workspace(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
-  const cudaError_t error = attention_forward(p, current_stream(q));
-  STD_TORCH_CHECK(error != cudaErrorInvalidValue, "the compiled kernel takes head dims 64/64, 96/96, 128/128, 192/128 and ",
-                  "256/256 (q and k/v), found ", q.size(3), "/", v.size(3));
-  check_launch(error);
+  check_launch(attention_forward(p, current_stream(q)));
   return {out, lse};
 }
 

@@ -149,11 +149,13 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
     program = (
         "import ctypes, os, sys, torch\n"
         "torch.version.cuda = None\n"
-        "import flashmoe_train.ops.moe\n"
+        "from flashmoe_train.ops import attention, moe\n"
         "ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY)\n"
         "on_gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)\n"
         "ops, x, index = torch.ops.flashmoe, torch.ones(4, 16), torch.zeros(4, 2, dtype=torch.int32)\n"
+        "q = torch.ones(1, 4, 1, 64, dtype=torch.bfloat16)\n"
         "for op, arguments in (\n"
+        "    (ops.attention_forward, (q, q, q, 1.0, -1, -1, None, None, False)),\n"
         "    (ops.moe_permute, (x, index[0], index)),\n"
         "    (ops.moe_combine, (x, index, None)),\n"
         "    (ops.moe_combine_backward, (x, x, index, torch.ones(4, 2))),\n"
@@ -166,33 +168,51 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
     found = subprocess.run([sys.executable, "-c", program, built[0]], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines() == [
-        f"{name} must be on a CUDA device like the other tensors" for name in ("x", "rows", "rows")
+        f"{name} must be on a CUDA device like the other tensors" for name in ("q", "x", "rows", "rows")
     ]
 
 
 @needs_nvcc
-def test_older_gpu_is_told_what_is_needed(tmp_path: Path) -> None:
-    """What a launch returns there, made an error as the operators do it."""
+@pytest.mark.parametrize(
+    "call, capability, text",
+    [
+        ("check_launch(cudaErrorNoKernelImageForDevice)", (7, 5), "compute capability 8.0 (Ampere) or later"),
+        ('check_hopper("attention", 0)', (8, 6), "the attention kernel takes GPUs of compute capability 9.0 (Hopper), "
+         "found 8.6; flashmoe_train.attention runs PyTorch's kernels there"),
+        ('check_hopper("attention", 0)', (10, 0), "found 10.0"),
+        ('check_hopper("attention", 0)', (9, 0), ""),
+    ],
+)  # fmt: skip
+def test_other_gpu_is_told_what_is_needed(call: str, capability: tuple[int, int], text: str, tmp_path: Path) -> None:
+    """What CUDA, here an imitation, says there, made an error as the operators do it."""
     (tmp_path / "launch.cpp").write_text(
         "#include <cstdio>\n"
         '#include "binding.h"\n'
+        "cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {\n"
+        f"  *value = which == cudaDevAttrComputeCapabilityMajor ? {capability[0]} : {capability[1]};\n"
+        "  return cudaSuccess;\n"
+        "}\n"
+        'extern "C" AOTITorchError torch_c10_cuda_check_msg(\n'
+        "    int32_t, const char*, const char*, uint32_t, bool, char**) {\n"
+        "  return 0;\n"
+        "}\n"
         'extern "C" void launch(char* text, size_t size) try {\n'
-        "  flashmoe::check_launch(cudaErrorNoKernelImageForDevice);\n"
+        f"  flashmoe::{call};\n"
         "} catch (const std::runtime_error& error) {\n"
         '  std::snprintf(text, size, "%s", error.what());\n'
         "}\n"
     )
     command = [
-        os.environ.get("CUDACXX", "nvcc"), "-shared", "-Xcompiler=-fPIC", "-std=c++20", "-DUSE_CUDA",
+        os.environ.get("CUDACXX", "nvcc"), "-shared", "-cudart=none", "-Xcompiler=-fPIC", "-std=c++20", "-DUSE_CUDA",
         "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}", tmp_path / "launch.cpp",
         f"-I{Path(torch.__file__).parent / 'include'}", "-o", tmp_path / "launch.so",
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-5000:]
-    text = ctypes.create_string_buffer(1000)
+    found = ctypes.create_string_buffer(1000)
     # RTLD_LAZY: CUDA's part of PyTorch is missing here and not called.
-    ctypes.CDLL(str(tmp_path / "launch.so"), mode=os.RTLD_LAZY).launch(text, ctypes.c_size_t(len(text)))
-    assert b"need a GPU of compute capability 8.0 (Ampere) or later" in text.value
+    ctypes.CDLL(str(tmp_path / "launch.so"), mode=os.RTLD_LAZY).launch(found, ctypes.c_size_t(len(found)))
+    assert (text in found.value.decode()) if text else not found.value
 
 
 @needs_nvcc
