@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flashmoe_train import support, versions
+from flashmoe_train.ops.attention.checks import TMA_BYTES
 from flashmoe_train.ops.library import COMPILED, CUDA_LIBRARY, HOPPER, capability, runs
 
 State = Literal["ok", "note", "problem"]
@@ -94,12 +95,23 @@ def _frameworks() -> Iterator[Finding]:
             yield Finding("note", framework, f"{what} is refused: {entry['why']}. {entry['instead']}")
 
 
+# Tests hold the integrations to it.
+_LAYOUTS = (
+    "[b, s, h, d], [b, h, s, d] and [s, b, h, d] are read in place, so what flashmoe_train.nn, MultiheadAttention and "
+    f"TorchTitan pass; what has an address or a stride that is no multiple of {TMA_BYTES} bytes, or a stride of 0, is "
+    "copied first: flashmoe_train.ops.attention.copies(q, k, v) names it"
+)
+
+
 def _operators() -> Iterator[Finding]:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    for operator, reason in support.reasons(device, capability(device), dtype).items():
+    reasons = support.reasons(device, capability(device), dtype)
+    for operator, reason in reasons.items():
         if reason is None:
             yield Finding("ok", operator, f"{runs(None, device)}, {str(dtype).removeprefix('torch.')}")
         elif capability(device) == HOPPER:
             yield Finding("problem", operator, f"{reason}: on this GPU `flashmoe train` asks for --allow-fallback")
         else:
             yield Finding("note", operator, runs(reason, device))
+    if device == "cuda" and any(reasons[name] is None for name in reasons if name.startswith("attention")):
+        yield Finding("ok", "attention layouts", _LAYOUTS)

@@ -73,3 +73,15 @@ def test_operators_without_kernels(
         monkeypatch.setattr(f"flashmoe_train.ops.{operator}.has_kernel", lambda *_: False)
     (attention,) = found("attention 128/128")
     assert attention.state == state and text in attention.text and "has no compiled attention" in attention.text
+
+
+def test_layouts_that_are_copied_are_named_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not found("attention layouts")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr("flashmoe_train.ops.attention.has_kernel", lambda *_: True)
+    (layouts,) = found("attention layouts")
+    assert layouts.state == "ok" and "no multiple of 16 bytes" in layouts.text and "copies(q, k, v)" in layouts.text
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    assert not found("attention layouts")

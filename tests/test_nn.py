@@ -16,6 +16,7 @@ from flashmoe_train import attention, moe
 from flashmoe_train.nn import Attention, MoE, Router
 
 from . import processes
+from .ops.operators import Copied
 
 
 def plain_attention(module: Attention, x: Tensor) -> Tensor:
@@ -57,6 +58,15 @@ def test_attention(options: dict) -> None:
     torch.manual_seed(0)
     module, x = Attention(32, 4, **options), torch.randn(2, 11, 32)
     torch.testing.assert_close(module(x).double(), plain_attention(module, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_heads": 1}, {"rope_theta": None}], ids=str)
+def test_attention_kernel_reads_in_place(options: dict) -> None:
+    module = Attention(128, 2, dtype=torch.bfloat16, **options)
+    with Copied() as copied:
+        module(torch.randn(2, 11, 128, dtype=torch.bfloat16))
+        module(torch.randn(1, 11, 128, dtype=torch.bfloat16), torch.tensor([0, 5, 11], dtype=torch.int32))
+    assert copied.calls == [{}, {}]
 
 
 def test_attention_within_documents() -> None:

@@ -10,6 +10,8 @@ import flashmoe_train
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.pytorch import FlashMoEMultiheadAttention
 
+from ..ops.operators import Copied
+
 LENGTH, DIM = 7, 24
 
 
@@ -49,6 +51,17 @@ def test_full_attention(shape: str, batch_first: bool) -> None:
     }[shape]
     for stock, ours in zip(*both(module, q, k, v), strict=True):
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("is_self", [True, False], ids=["self", "cross"])
+def test_attention_kernel_reads_in_place(is_self: bool, batch_first: bool) -> None:
+    module = nn.MultiheadAttention(128, 2, batch_first=batch_first, dtype=torch.bfloat16)
+    flashmoe_train.swap(module)
+    x = torch.randn(3, 5, 128, dtype=torch.bfloat16)
+    with Copied() as copied:
+        module(x, *[x if is_self else x.clone()] * 2, need_weights=False)
+    assert copied.calls == [{}]
 
 
 def test_causal_attention() -> None:

@@ -10,6 +10,8 @@ from torch.testing._internal.optests.generate_tests import ALL_TEST_UTILS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from flashmoe_train.ops.attention import copies
+
 
 def forward_backward(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
     """(out, gradients of inputs)."""
@@ -58,6 +60,19 @@ class CountOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "flashmoe":
             self.counts[func.name().removeprefix("flashmoe::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Copied(TorchDispatchMode):
+    """Collects what the attention kernel would copy of the tensors that our operator gets: `calls`, one entry each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, str]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.flashmoe.attention_forward.default:
+            self.calls.append(copies(*args[:3]))
         return func(*args, **(kwargs or {}))
 
 

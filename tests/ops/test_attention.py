@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashmoe_train import attention
-from flashmoe_train.ops.attention import AttentionCase, fallback, supports
+from flashmoe_train.ops.attention import AttentionCase, copies, fallback, supports
 
 from .attention_cases import CASES, Case, cumulative, oracle
 from .operators import CountOperators, assert_close_in_norm, assert_opcheck, chooser, forward_backward, saving
@@ -304,6 +304,44 @@ def test_supports_names_what_the_kernel_does_not_take(changes: dict, text: str) 
     case = AttentionCase("cuda", "9.0", torch.bfloat16, 192, 128)
     assert supports(case, complete=True) is None
     assert re.search(f"^the attention kernel takes {text}$", str(supports(case._replace(**changes), complete=True)))
+
+
+def layout(shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -> Tensor:
+    numbers = torch.zeros(4096, dtype=torch.bfloat16)
+    assert numbers.data_ptr() % 16 == 0
+    return numbers.as_strided(shape, strides, offset)
+
+
+@pytest.mark.parametrize(
+    "strides, offset, why",
+    [
+        ((384, 128, 64, 1), 0, None),  # [b, s, h, d]
+        ((384, 64, 192, 1), 0, None),  # [b, h, s, d]
+        ((128, 256, 64, 1), 0, None),  # [s, b, h, d]
+        ((1152, 384, 64, 1), 128, None),  # keys of a fused projection
+        ((384, 128, 64, 1), 8, None),
+        ((384, 128, 64, 1), 4, "its address must be a multiple of 16 bytes, found 8 more"),
+        ((390, 130, 65, 1), 0, "its stride over batch must be a positive multiple of 16 bytes, found 780; "
+                               "its stride over seq must be a positive multiple of 16 bytes, found 260; "
+                               "its stride over heads must be a positive multiple of 16 bytes, found 130"),
+        ((64, 64, 0, 1), 0, "its stride over heads must be a positive multiple of 16 bytes, found 0"),
+    ],
+)  # fmt: skip
+def test_copies_names_the_layout(strides: tuple[int, ...], offset: int, why: str | None) -> None:
+    shape = (2, 3, 2, 64)
+    good, x = layout(shape, (384, 128, 64, 1)), layout(shape, strides, offset)
+    for i, name in enumerate("qkv"):
+        tensors = [good] * 3
+        tensors[i] = x
+        assert copies(*tensors) == ({name: why} if why else {})
+    assert copies(x[:0], good[:0], good[:0]) == copies(x, good[:, :0], good[:, :0]) == {}
+    with pytest.raises(ValueError, match="k and v must agree"):
+        copies(good, good, good[:, :2])
+
+
+def test_stride_of_a_single_entry_says_nothing() -> None:
+    x = layout((1, 3, 1, 64), (7, 64, 3, 1))
+    assert copies(x, x, x) == {}
 
 
 def test_random_shapes() -> None:

@@ -3,7 +3,7 @@
     out = softmax(softmax_scale · q kᵀ + mask) v            lse = log Σ exp(softmax_scale · q kᵀ + mask)
 
 Tensors are `[B, S, H, D]`; only their last dimension has to be contiguous, so `[B, H, S, D]` and `[S, B, H, D]`
-tensors are passed as views, never copied. Shape legend:
+tensors are passed as views, never copied; `copies` names layouts that are. Shape legend:
 
     B batch    S queries    T keys    H query heads    G key/value heads (H % G == 0)    D dim of q, k    V dim of v
 
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from flashmoe_train.ops.attention import fallback
-from flashmoe_train.ops.attention.checks import KERNEL_DTYPES, KERNEL_HEAD_DIMS, check, check_window
+from flashmoe_train.ops.attention.checks import KERNEL_DTYPES, KERNEL_HEAD_DIMS, check, check_window, copies
 from flashmoe_train.ops.attention.operator import attention_forward
 from flashmoe_train.ops.library import HOPPER, capability, has_kernel
 
-__all__ = ["AttentionCase", "attention", "supports"]
+__all__ = ["AttentionCase", "attention", "copies", "supports"]
 
 
 def attention(

@@ -9,6 +9,9 @@ from flashmoe_train.ops.library import accumulation_dtype
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 KERNEL_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # D and V
 
+# The hardware's tensor loads want addresses and strides in multiples of this many bytes, and no stride of 0.
+TMA_BYTES = 16
+
 
 def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[int, int]:
     """Raises on arguments the operator does not accept; returns (H, G)."""
@@ -58,6 +61,29 @@ def check_window(window: tuple[int | None, int | None]) -> None:
     sides = window if isinstance(window, tuple | list) else ()
     if len(sides) != 2 or any(side is not None and (isinstance(side, float | str) or side < 0) for side in sides):
         raise ValueError(f"window must be two non-negative sizes or None, (left, right), found {window}")
+
+
+def copies(q: Tensor, k: Tensor, v: Tensor) -> dict[str, str]:
+    """Which of q, k and v the kernel for Hopper GPUs copies before it reads them, and why; `{}` if it does none.
+
+    Tensors are those of `flashmoe_train.attention`, `[B, S, H, D]` (packed ones too), bfloat16 or float16, on any
+    device; raises as that does. The compiled code has the same rule and decides by its own.
+    """
+    check(q, k, v, None, None)
+    if not (q.numel() and k.numel()):
+        return {}
+    return {name: why for name, x in (("q", q), ("k", k), ("v", v)) if (why := _unreadable(x))}
+
+
+def _unreadable(x: Tensor) -> str:
+    reasons = []
+    if rest := x.data_ptr() % TMA_BYTES:
+        reasons.append(f"its address must be a multiple of {TMA_BYTES} bytes, found {rest} more")
+    for name, size, stride in zip(("batch", "seq", "heads"), x.shape[:3], x.stride()[:3], strict=True):
+        apart = stride * x.element_size()
+        if size > 1 and (apart <= 0 or apart % TMA_BYTES):  # the stride of a single one says nothing
+            reasons.append(f"its stride over {name} must be a positive multiple of {TMA_BYTES} bytes, found {apart}")
+    return "; ".join(reasons)
 
 
 def _shape(x: Tensor) -> list[int]:

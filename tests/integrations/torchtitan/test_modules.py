@@ -10,6 +10,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from flashmoe_train.integrations.torchtitan import attention, moe
 from flashmoe_train.swap import swap_modules
 
+from ...ops.operators import Copied, CountOperators
+
 VOCABULARY, EOS = 64, 3
 
 
@@ -122,8 +124,6 @@ def test_moe_block_routes_everything_in_one_operator() -> None:
     """Without parallelism gather and combine are the operator's: nothing is permuted outside it."""
     from torchtitan.models.moe import MoE, MoEArgs
 
-    from ...ops.operators import CountOperators
-
     block = initialised(MoE(MoEArgs(score_before_experts=False), dim=16, hidden_dim=24), init_std=0.5)
     swap_modules(block, moe.swaps(block))
     with CountOperators() as counter:
@@ -149,6 +149,21 @@ def test_equals_stock_under_autocast(family: str) -> None:
         assert found.dtype == wanted.dtype
         error = (found - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6)
         assert error < 0.05, error
+
+
+@pytest.mark.parametrize("attn_type", ["sdpa", "flex"])
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "deepseek_v3"])
+def test_attention_kernel_reads_in_place(family: str, attn_type: str) -> None:
+    model = small(family, attn_type)
+    swap_modules(model, attention.swaps(model))
+    tokens = torch.randint(VOCABULARY, (2, 40))
+    tokens[0, 7] = EOS
+    masks = {}
+    if attn_type == "flex":
+        masks["attention_masks"] = model.get_attention_masks(tokens, types.SimpleNamespace(eos_id=EOS))
+    with torch.autocast("cpu", torch.bfloat16), Copied() as copied:
+        model(tokens, **masks)
+    assert copied.calls == [{}, {}]  # one a layer
 
 
 def test_document_masks_compile_for_every_number_of_documents() -> None:
