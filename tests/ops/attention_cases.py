@@ -60,7 +60,7 @@ class Case:
         """Arguments of the operator between q, k, v and `deterministic`: scale, left, right, both cu_seqlens."""
         left, right = (-1 if side is None else side for side in self.window)
         scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
-        arguments = self.arguments(q.device.type)
+        arguments = self.arguments(str(q.device))
         cu_seqlens_q = arguments.get("cu_seqlens_q")
         return scale, left, 0 if self.causal else right, cu_seqlens_q, arguments.get("cu_seqlens_k", cu_seqlens_q)
 

@@ -1,6 +1,8 @@
 """Attention's CUDA kernel and its gradients among other tensors, streams, graphs and compilers."""
 
 import functools
+import itertools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,6 +13,9 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.utils.checkpoint import checkpoint
 
 from flashmoe_train import attention
+from flashmoe_train.ops.attention import copies
+from flashmoe_train.ops.attention.checks import KERNEL_HEAD_DIMS
+from flashmoe_train.ops.moe import moe_combine
 
 from .attention_cases import Case, cumulative, oracle
 from .attention_gpu import (
@@ -75,6 +80,39 @@ def test_views(view: str, dim: int, dim_v: int, case: Case) -> None:
     for x, y in zip(kernel(case, *views), kernel(case, *copies), strict=True):
         assert torch.equal(x, y)
     assert_gradients(case, tuple(x.detach().requires_grad_() for x in views))
+
+
+# Of VIEWS, what TMA cannot read.
+COPIED = {
+    "end of a head dim, misaligned",
+    "odd strides",
+    "odd address",
+    "one head for all",
+    "one row for all",
+    "one sequence for all",
+    "one vector for all",
+}
+
+
+@pytest.mark.parametrize("dim, dim_v", [(64, 64), (192, 128)])
+@pytest.mark.parametrize("view", VIEWS)
+def test_copies_what_it_says(view: str, dim: int, dim_v: int) -> None:
+    """`copies` knows what the compiled code does: a call allocates more by the bytes of the tensors that it names."""
+
+    def allocated(*inputs: Tensor) -> int:
+        before = torch.cuda.memory_stats()["requested_bytes.all.allocated"]
+        ops.attention_forward(*inputs, dim**-0.5, -1, 0, None, None, False)
+        return torch.cuda.memory_stats()["requested_bytes.all.allocated"] - before
+
+    views = [VIEWS[view](2, 200, heads, n, torch.bfloat16) for heads, n in ((4, dim), (2, dim), (2, dim_v))]
+    contiguous = [x.clone(memory_format=torch.contiguous_format) for x in views]
+    assert not copies(*contiguous)
+    without = allocated(*contiguous)
+    for i, name in enumerate("qkv"):
+        inputs = [*contiguous]
+        inputs[i] = views[i]
+        assert copies(*inputs).keys() == ({name} if view in COPIED else set())
+        assert allocated(*inputs) - without == (views[i].nbytes if view in COPIED else 0)
 
 
 @pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
@@ -207,12 +245,22 @@ def test_more_than_2_to_the_31_elements_in_a_sequence() -> None:
 # ----------------------------------------------------------------------------------------------------------- as a guest
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_second_gpu() -> None:
-    case = Case(length_q=300, causal=True, dim=128)
-    inputs = tuple(x.detach().to("cuda:1").requires_grad_() for x in case.tensors(torch.bfloat16, "cuda"))
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "case", [Case(length_q=300, causal=True), Case(batch=1, length_q=300, documents_q=(100, 150))], ids=str
+)
+def test_second_gpu(case: Case) -> None:
+    """Tensors on a GPU that is not the current one, which stays the current one."""
+    case = replace(case, dim=128)
+    slot_row = torch.randperm(46, device="cuda:1").view(23, 2)
+    rows = torch.randn(46, 16, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    inputs = case.tensors(torch.bfloat16, "cuda:1")
+    assert_right("out", kernel(case, *inputs), oracle(case, *inputs))
     assert torch.cuda.current_device() == 0
     assert_gradients(case, inputs)
+    torch.testing.assert_close(moe_combine(rows, slot_row.int(), None), rows[slot_row].sum(1))
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize(
@@ -264,6 +312,19 @@ def test_repeats_bitwise(case: Case) -> None:
     for x, y in zip(run(), run(), strict=True):
         assert torch.equal(x, y)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_direct_call_takes_the_head_dims_that_it_says() -> None:
+    """`supports` keeps others from the operator; called directly, it names them."""
+    wanted, taken = "the attention kernel takes head dims of q and k / of v", []
+    for dim, dim_v in itertools.product((8, 32, 64, 80, 96, 128, 192, 256, 264), repeat=2):
+        q, k, v = random_inputs(Case(length_q=40, dim=dim, dim_v=dim_v), torch.bfloat16)
+        try:
+            ops.attention_forward(q, k, v, 1.0, -1, 0, None, None, False)
+            taken.append((dim, dim_v))
+        except RuntimeError as error:
+            assert re.search(f"{wanted} 64/64, .*256/256, found {dim}/{dim_v}", str(error)), error
+    assert taken == list(KERNEL_HEAD_DIMS)
 
 
 def test_gradients_have_no_gradient() -> None:
