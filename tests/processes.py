@@ -18,12 +18,12 @@ def _entry(rank: int, world_size: int, port: int, function: Callable[..., None],
         dist.destroy_process_group()
 
 
-def join(rank: int, world_size: int, port: int) -> None:
+def join(rank: int, world_size: int, port: int, backend: str = "gloo") -> None:
     """Makes this process one of several."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
     )
-    dist.init_process_group("gloo")
+    dist.init_process_group(backend)
 
 
 def free_port() -> int:
