@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -49,6 +50,17 @@ inline void check_hopper(const char* function, int device) {
   STD_TORCH_CHECK(major == 9 && minor == 0, "the ", function,
                   " kernel takes GPUs of compute capability 9.0 (Hopper), found ", major, ".", minor, "; flashmoe_train.",
                   function, " runs PyTorch's kernels there");
+}
+
+// TMA reads rows of 2-byte elements that begin at multiples of 16 bytes, none of them twice: anything else is copied.
+// `copies` in flashmoe_train/ops/attention/checks.py tells users by the same rule.
+inline Tensor readable(const Tensor& x) {
+  bool fits = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (int i = 0; i < x.dim() - 1; ++i) fits &= x.size(i) <= 1 || (x.stride(i) > 0 && x.stride(i) % 8 == 0);
+  if (fits) return x;
+  Tensor copy = torch::stable::new_empty(x, x.sizes());
+  torch::stable::copy_(copy, x);
+  return copy;
 }
 
 inline void check_device(const char* name, const Tensor& x, const Tensor& first) {

@@ -46,17 +46,6 @@ void check_head_dims(int64_t dim, int64_t dim_v) {
   STD_TORCH_CHECK(false, "the attention kernel takes head dims of q and k / of v ", allowed, "found ", dim, "/", dim_v);
 }
 
-// TMA reads rows that begin at multiples of 16 bytes, none of them twice: anything else is copied. `copies` in checks.py
-// tells users by the same rule.
-Tensor readable(const Tensor& x) {
-  bool fits = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  for (int i = 0; i < 3; ++i) fits &= x.size(i) <= 1 || (x.stride(i) > 0 && x.stride(i) % 8 == 0);
-  if (fits) return x;
-  Tensor copy = new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
-  torch::stable::copy_(copy, x);
-  return copy;
-}
-
 AttentionStrides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
 int narrowed(int64_t window) { return int(std::clamp<int64_t>(window, -1, std::numeric_limits<int>::max())); }

@@ -113,7 +113,7 @@ def _prepare(case: Case, device: torch.device, backward: bool) -> Problem:
         error=error,
         error_bound=ERROR_BOUND[dtype],
         work=(18 if backward else 6) * case.T * case.K * case.n * case.d,
-        flashmoe_path=path(supports(MoECase.of(x)), device.type),
+        flashmoe_path=path(supports(MoECase.of(x, w1)), device.type),
         floors={"gemm_floor": partial(_gemm_floor, case, device)},
     )
 

@@ -71,7 +71,7 @@ def _train(case: Case, choice: Choice) -> Run:
 
 def _path(device_type: str) -> str:
     attention_case = attention.AttentionCase(device_type, capability(device_type), torch.bfloat16, 128, 128)
-    moe_case = moe.MoECase(device_type, torch.bfloat16)
+    moe_case = moe.MoECase(device_type, capability(device_type), torch.bfloat16, 2048, 1024, 64)
     return path(attention.supports(attention_case) or moe.supports(moe_case), device_type)
 
 

@@ -24,7 +24,16 @@ if torch.version.cuda and CUDA_LIBRARY.exists():
     torch.ops.load_library(CUDA_LIBRARY)
 
 # The operators that it implements: a test holds the library to exactly these.
-COMPILED = frozenset({"attention_forward", "moe_permute", "moe_combine", "moe_combine_backward"})
+COMPILED = frozenset(
+    {
+        "attention_forward",
+        "moe_forward",
+        "moe_backward",
+        "moe_permute",
+        "moe_combine",
+        "moe_combine_backward",
+    }
+)
 
 # Compute capability of the GPUs that the kernels for tensor cores are compiled for: sm_90a runs on no other.
 HOPPER = "9.0"

@@ -375,5 +375,15 @@ def test_wrong_part_argument() -> None:
 
 
 def test_supports_names_the_reason() -> None:
-    assert supports(MoECase("cpu", torch.bfloat16)) is None
-    assert "no compiled mixture-of-experts kernel" in str(supports(MoECase("xpu", torch.bfloat16)))
+    def reason(**changes: object) -> str:
+        case = MoECase("cuda", "9.0", torch.bfloat16, 64, 32, 8)._replace(**changes)
+        return str(supports(case, complete=True))
+
+    assert reason() == reason(dtype=torch.float16) == "None"
+    assert reason(device_type="cpu", dtype=torch.float64, dim=7) == "None"
+    assert "no compiled mixture-of-experts kernel" in reason(device_type="xpu")
+    assert "compute capability 9.0 (Hopper), found 8.0" in reason(capability="8.0")
+    assert "torch.bfloat16 and torch.float16, found torch.float32" in reason(dtype=torch.float32)
+    assert "a model dim that is a multiple of 8, found 60" in reason(dim=60)
+    assert "a hidden dim that is a multiple of 8, found 12" in reason(hidden_dim=12)
+    assert "at most 4096 experts, found 4097" in reason(experts=4097)

@@ -56,8 +56,10 @@ def _supported(choices: FlashMoE, config: Any, model_args: Any) -> list[tuple[st
     if choices.attention == "flashmoe":
         case = attention.AttentionCase(device, capability(device), dtype, *_head_dims(model_args))
         found.append(("attention", attention.supports(case)))
-    if choices.moe == "flashmoe" and experts_of(model_args) is not None:
-        found.append(("moe", moe.supports(moe.MoECase(device, dtype))))
+    if choices.moe == "flashmoe" and (experts := experts_of(model_args)) is not None:
+        hidden_dim = getattr(model_args, "moe_inter_dim", model_args.dim)  # llama4's is a multiple of 256
+        sizes = model_args.dim, hidden_dim, experts.num_experts
+        found.append(("moe", moe.supports(moe.MoECase(device, capability(device), dtype, *sizes))))
     return found
 
 

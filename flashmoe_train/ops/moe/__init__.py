@@ -19,9 +19,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import has_kernel
+from flashmoe_train.ops.library import HOPPER, capability, has_kernel
 from flashmoe_train.ops.moe import fallback
-from flashmoe_train.ops.moe.checks import check_routing
+from flashmoe_train.ops.moe.checks import (
+    KERNEL_ALIGNMENT,
+    KERNEL_DTYPES,
+    KERNEL_MOST_EXPERTS,
+    check_experts,
+    check_routing,
+)
 from flashmoe_train.ops.moe.experts import moe_forward
 from flashmoe_train.ops.moe.plan import RoutePlan, route_plan
 from flashmoe_train.ops.moe.router import Routing, router_topk
@@ -77,7 +83,7 @@ def moe(
     """
     check_routing(x, w1, ids)
     plan = route_plan(ids, w1.shape[0])
-    if supports(MoECase.of(x)) is None:
+    if supports(MoECase.of(x, w1)) is None:
         return moe_forward(x, w1, w2, w3, weights, plan.offsets, plan.row_slot, plan.slot_row, score_mode)[0]
     return fallback.moe(x, w1, w2, w3, weights, plan, score_mode)
 
@@ -101,20 +107,26 @@ def moe_rows(
         ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or stride; the message names it.
             The values of offsets are checked on the CPU only: reading them would make a GPU wait.
     """
-    if supports(MoECase.of(rows)) is None:
+    check_experts(w1)
+    if supports(MoECase.of(rows, w1)) is None:
         return moe_forward(rows, w1, w2, w3, weights, offsets, None, None, "activation")[0]
     return fallback.moe_rows(rows, w1, w2, w3, offsets, weights)
 
 
 class MoECase(NamedTuple):
-    """What decides whether the operator has an implementation."""
+    """What decides whether the operator has an implementation: everything else it takes as it comes."""
 
     device_type: str
+    capability: str | None  # compute capability of the GPU
     dtype: torch.dtype
+    dim: int  # d
+    hidden_dim: int  # n
+    experts: int  # E
 
     @classmethod
-    def of(cls, x: Tensor) -> "MoECase":
-        return cls(x.device.type, x.dtype)
+    def of(cls, x: Tensor, w1: Tensor) -> "MoECase":
+        experts, hidden_dim, dim = w1.shape
+        return cls(x.device.type, capability(x.device.type, x.device.index), x.dtype, dim, hidden_dim, experts)
 
 
 def supports(case: MoECase, *, complete: bool = False) -> str | None:
@@ -126,4 +138,14 @@ def supports(case: MoECase, *, complete: bool = False) -> str | None:
         return None
     if not has_kernel("moe_forward", case.device_type, complete):
         return f"this installation has no compiled mixture-of-experts kernel for device type {case.device_type!r}"
+    takes = "the mixture-of-experts kernels take"
+    if case.capability != HOPPER:
+        return f"{takes} GPUs of compute capability {HOPPER} (Hopper), found {case.capability}"
+    if case.dtype not in KERNEL_DTYPES:
+        return f"{takes} {' and '.join(map(str, KERNEL_DTYPES))}, found {case.dtype}"
+    for name, dim in (("model dim", case.dim), ("hidden dim", case.hidden_dim)):
+        if dim < 1 or dim % KERNEL_ALIGNMENT != 0:
+            return f"{takes} a {name} that is a multiple of {KERNEL_ALIGNMENT}, found {dim}"
+    if case.experts > KERNEL_MOST_EXPERTS:
+        return f"{takes} at most {KERNEL_MOST_EXPERTS} experts, found {case.experts}"
     return None

@@ -9,6 +9,11 @@ from flashmoe_train.ops.library import accumulation_dtype
 
 SCORE_MODES = ("combine", "activation")
 
+# What the compiled kernels take.
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_ALIGNMENT = 8  # d and n are multiples of it: 16 bytes
+KERNEL_MOST_EXPERTS = 4096
+
 
 def check_matrix(name: str, x: Tensor) -> None:
     """Raises unless `x` is a floating-point matrix with a contiguous last dimension."""
@@ -45,11 +50,16 @@ def check_weights(weights: Tensor, shape: Sequence[int], x: Tensor) -> None:
         raise ValueError(f"weights must be on {x.device}, found {weights.device}")
 
 
+def check_experts(w1: Tensor) -> None:
+    """Raises unless w1 has the rank of the experts' weights: the rest is for `check`."""
+    if w1.dim() != 3 or w1.shape[0] < 1:
+        raise ValueError(f"w1 must be [experts, hidden dim, model dim] of at least one expert, found {list(w1.shape)}")
+
+
 def check_routing(x: Tensor, w1: Tensor, ids: Tensor) -> None:
     """Raises unless tokens, experts and the experts' ids fit each other: the rest is for `check`."""
     check_matrix("x", x)
-    if w1.dim() != 3 or w1.shape[0] < 1:
-        raise ValueError(f"w1 must be [experts, hidden dim, model dim] of at least one expert, found {list(w1.shape)}")
+    check_experts(w1)
     if ids.dim() != 2 or ids.shape[0] != x.shape[0]:
         raise ValueError(f"ids must be [tokens, experts per token] = [{x.shape[0]}, ...], found {list(ids.shape)}")
     if ids.device != x.device:

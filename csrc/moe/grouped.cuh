@@ -1,0 +1,125 @@
+// What the matrix products of experts share: tiles of 128 rows by 256 columns, a ring of stages that one thread fills, sums in
+// the registers of two warpgroups of 64 rows each.
+//
+// Everything that depends on the routing is read on the device: grids have a block for every multiprocessor, and blocks find
+// their tiles in the experts' offsets.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "hopper/barrier.cuh"
+#include "hopper/launch.cuh"
+#include "hopper/shared_memory.cuh"
+#include "hopper/tensor_map.h"
+#include "hopper/tma.cuh"
+#include "hopper/wgmma.cuh"
+#include "moe/experts.h"
+
+namespace flashmoe {
+namespace {
+
+using namespace hopper;
+
+// --------------------------------------------------------------------------------------------------------------- sizes
+
+constexpr int TILE_ROWS = 128, TILE_COLUMNS = 256;
+constexpr int DEPTH = 64;  // of a stage: what is contracted at a time
+constexpr int STAGES = 4;  // 192 KB
+constexpr int THREADS = 384;
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int COUNT = TILE_COLUMNS / 2;  // accumulators of a thread
+
+template <typename T>
+struct Shared {
+  alignas(1024) T a[STAGES][TILE_ROWS * DEPTH];
+  alignas(1024) T b[STAGES][TILE_COLUMNS * DEPTH];
+  Ring<STAGES> ring;
+
+  __device__ __forceinline__ int* offsets() { return reinterpret_cast<int*>(this + 1); }  // [experts + 1]
+  static size_t bytes(int experts) { return sizeof(Shared) + (experts + 1) * sizeof(int); }
+};
+
+constexpr uint32_t STAGE_BYTES = (TILE_ROWS + TILE_COLUMNS) * DEPTH * 2;
+
+// By all threads. Whatever the offsets are, rows lie within the tensors.
+template <typename T>
+__device__ __forceinline__ void prepare(Shared<T>& shared, const int32_t* offsets, int experts, int rows) {
+  if (threadIdx.x == 0) {
+    shared.ring.init(1, 8);
+    fence_barrier_init();
+  }
+  for (int i = threadIdx.x; i <= experts; i += THREADS) shared.offsets()[i] = max(0, min(rows, offsets[i]));
+  __syncthreads();
+}
+
+// ---------------------------------------------------------------------------------------------------------------- sums
+
+// The products of a tile, stage by stage. A warpgroup without rows lets the stages pass.
+template <typename T, Major A_MAJOR, Major B_MAJOR, typename Visit>
+__device__ __forceinline__ void multiply(float (&d)[COUNT], Shared<T>& shared, Step<STAGES>& step, int steps, uint64_t a,
+                                         uint64_t b, bool active, Visit visit) {
+  constexpr int A_NEXT = A_MAJOR == K_MAJOR ? 32 : 2048, B_NEXT = B_MAJOR == K_MAJOR ? 32 : 2048;  // bytes, 16 of K
+  const bool speaks = threadIdx.x % 32 == 0;  // for its warp
+  Step<STAGES> previous = step;
+  for (int k = 0; k < steps; ++k) {
+    shared.ring.wait(step);
+    visit(k, step.stage);
+    if (active) {
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < DEPTH / 16; ++i)
+        wgmma<T, A_MAJOR, B_MAJOR>(d, advance(a, step.stage * sizeof shared.a[0] + i * A_NEXT),
+                                   advance(b, step.stage * sizeof shared.b[0] + i * B_NEXT), k > 0 || i > 0);
+      wgmma_commit();
+      wgmma_wait<1>();
+    }
+    if (k > 0 && speaks) shared.ring.release(previous);
+    previous = step;
+    step.next();
+  }
+  wgmma_wait<0>();
+  pin(d);
+  if (steps > 0 && speaks) shared.ring.release(previous);
+}
+
+// Of 32 columns of sums in row r (0 or 1) of the two that a thread has, eight neighbours in T.
+template <typename T>
+__device__ __forceinline__ uint4 eight_of(const float* sums, int r) {
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = pack<T>(sums[4 * i + 2 * r], sums[4 * i + 2 * r + 1]);
+  return quad_transpose(pairs);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- host
+
+template <typename T>
+constexpr MapElement map_element() {
+  return std::is_same_v<T, __half> ? MAP_FLOAT16 : MAP_BFLOAT16;
+}
+
+// Of a matrix of rows, of which a copy takes `box` rows and 64 columns.
+template <typename T>
+CUtensorMap rows_map(const char* name, const Matrix& x, int64_t rows, int64_t columns, int box) {
+  return tensor_map(name, x.data, map_element<T>(), {{columns, 64, 2}, {rows, box, x.stride * 2}});
+}
+
+// Of the experts' weights [experts, rows, columns], likewise.
+template <typename T>
+CUtensorMap weights_map(const char* name, const Weights& w, int64_t experts, int64_t rows, int64_t columns, int box) {
+  return tensor_map(name, w.data, map_element<T>(),
+                    {{columns, 64, 2}, {rows, box, w.row_stride * 2}, {experts, 1, w.expert_stride * 2}});
+}
+
+inline cudaError_t multiprocessors(int& count) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
+}  // namespace
+}  // namespace flashmoe

@@ -1,0 +1,144 @@
+// Gradients of the experts' weights: what is summed over are an expert's rows, however many there are.
+//
+//   dw2 = dyT a        dw1 = dgateT x    dw3 = dupT x
+//
+// Both operands lie in memory by rows, and are contracted over them. Rows of the next expert in the last stage are zeroed in
+// both: 0 times NaN would be NaN. An expert without rows gets zeros.
+#include "moe/grouped.cuh"
+
+namespace flashmoe {
+namespace {
+
+enum BarrierId { CONSUMERS = 1 };
+
+// What a kernel is given: out[part][e] = a[rows of e, part]T b[rows of e], parts of `height` columns.
+struct Work {
+  CUtensorMap a, b;
+  const int32_t* offsets;
+  void* out[2];
+  int experts, rows, height, width;
+  int parts, high, columns;  // tiles that cover a part's height, and the width
+};
+
+struct Tile {
+  int expert, part, row, column;  // row and column of the result
+  int first, rows, steps;         // of the expert
+};
+
+__device__ __forceinline__ bool find(const Work& w, const int* offsets, int index, Tile& tile) {
+  const int of_expert = w.parts * w.high * w.columns;
+  if (index >= w.experts * of_expert) return false;
+  tile.expert = index / of_expert;
+  index -= tile.expert * of_expert;
+  tile.column = index % w.columns * TILE_COLUMNS;
+  index /= w.columns;
+  tile.part = index / w.high, tile.row = index % w.high * TILE_ROWS;
+  tile.first = offsets[tile.expert], tile.rows = max(0, offsets[tile.expert + 1] - tile.first);
+  tile.steps = (tile.rows + DEPTH - 1) / DEPTH;
+  return true;
+}
+
+// One thread.
+template <typename T>
+__device__ void produce(const Work& w, Shared<T>& shared) {
+  Step<STAGES> step;
+  Tile tile;
+  for (int index = blockIdx.x; find(w, shared.offsets(), index, tile); index += gridDim.x)
+    for (int k = 0; k < tile.steps; ++k, step.next()) {
+      shared.ring.acquire(step);
+      Barrier& full = shared.ring.full[step.stage];
+      full.arrive_expecting(STAGE_BYTES);
+      const int row = tile.first + k * DEPTH;
+#pragma unroll
+      for (int i = 0; i < TILE_ROWS; i += 64)
+        tma_load(shared.a[step.stage] + i * DEPTH, &w.a, full, Keep::normal, tile.part * w.height + tile.row + i, row);
+#pragma unroll
+      for (int i = 0; i < TILE_COLUMNS; i += 64)
+        tma_load(shared.b[step.stage] + i * DEPTH, &w.b, full, Keep::normal, tile.column + i, row);
+    }
+}
+
+// Zeros in the rows of a stage from `begin` on, by both warpgroups.
+template <typename T>
+__device__ __forceinline__ void clear_rows(Shared<T>& shared, int stage, int begin) {
+  const auto clear = [&](T* tile, int columns) {
+    for (int column = 0; column < columns; column += 64)
+      for (int i = begin * 8 + threadIdx.x - 128; i < DEPTH * 8; i += 256)
+        reinterpret_cast<uint4*>(tile + column * DEPTH)[i] = uint4{};
+  };
+  clear(shared.a[stage], TILE_ROWS);
+  clear(shared.b[stage], TILE_COLUMNS);
+  fence_proxy_async();
+  barrier_sync(CONSUMERS, 256);
+}
+
+template <typename T>
+__device__ void consume(const Work& w, Shared<T>& shared, int warpgroup) {
+  const int row = warpgroup * 64 + fragment_row(threadIdx.x % 128);
+  const uint64_t a = mn_major(shared_address(shared.a) + warpgroup * DEPTH * 128, DEPTH * 128);
+  const uint64_t b = mn_major(shared_address(shared.b), DEPTH * 128);
+  Step<STAGES> step;
+  Tile tile;
+  float d[COUNT];
+  for (int index = blockIdx.x; find(w, shared.offsets(), index, tile); index += gridDim.x) {
+    multiply<T, MN_MAJOR, MN_MAJOR>(d, shared, step, tile.steps, a, b, true, [&](int k, int stage) {
+      if (tile.rows - k * DEPTH < DEPTH) clear_rows(shared, stage, tile.rows - k * DEPTH);
+    });
+    const bool empty = tile.steps == 0;
+    const int column = tile.column + threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int at = tile.row + row + 8 * r;
+      T* const out = static_cast<T*>(w.out[tile.part]) + (int64_t(tile.expert) * w.height + at) * w.width + column;
+#pragma unroll
+      for (int j = 0; j < COUNT; j += 16) {  // 32 columns
+        const uint4 eight = eight_of<T>(d + j, r);
+        if (at < w.height && column + 2 * j < w.width) *reinterpret_cast<uint4*>(out + 2 * j) = empty ? uint4{} : eight;
+      }
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 1) weight_gradient_kernel(const __grid_constant__ Work w) {
+  auto& shared = shared_storage<Shared<T>>();
+  prepare(shared, w.offsets, w.experts, w.rows);
+  if (threadIdx.x < 128) {
+    fewer_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x < 32 && elected()) produce<T>(w, shared);
+  } else {
+    more_registers<CONSUMER_REGISTERS>();
+    consume<T>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------------- launch
+
+template <typename T>
+cudaError_t run(const Experts& e, const Matrix& a, const Matrix& b, int parts, int height, int width, void* out0, void* out1,
+                cudaStream_t stream) {
+  Work w{};
+  w.a = rows_map<T>("the left rows", a, e.rows, int64_t(parts) * height, DEPTH);
+  w.b = rows_map<T>("the right rows", b, e.rows, width, DEPTH);
+  w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
+  w.out[0] = out0, w.out[1] = out1;
+  w.height = height, w.width = width, w.parts = parts;
+  w.high = (height + TILE_ROWS - 1) / TILE_ROWS, w.columns = (width + TILE_COLUMNS - 1) / TILE_COLUMNS;
+  int blocks = 0;
+  if (const cudaError_t error = multiprocessors(blocks)) return error;
+  return launch(weight_gradient_kernel<T>, {dim3(blocks), dim3(THREADS), Shared<T>::bytes(e.count), stream}, w);
+}
+
+}  // namespace
+
+cudaError_t moe_weight_gradient_down(const MoEWeightGradientDownParams& p, cudaStream_t stream) {
+  const auto down = p.experts.half ? run<__half> : run<__nv_bfloat16>;
+  return down(p.experts, p.dy, p.a, 1, p.experts.dim, p.experts.hidden, p.dw2, nullptr, stream);
+}
+
+cudaError_t moe_weight_gradient_up(const MoEWeightGradientUpParams& p, cudaStream_t stream) {
+  const auto up = p.experts.half ? run<__half> : run<__nv_bfloat16>;
+  return up(p.experts, p.dh, p.x, 2, p.experts.hidden, p.experts.dim, p.dw1, p.dw3, stream);
+}
+
+}  // namespace flashmoe
