@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from flashmoe_train import support
-from flashmoe_train.bench import by_name, hopper, report
+from flashmoe_train.bench import by_name, hopper, report, utilisation
 from flashmoe_train.bench.results import OURS, read
 from flashmoe_train.bench.variants.run import Measured, matrix, rate_unit
 
@@ -62,6 +62,10 @@ def _results(root: Path, name: str, pattern: str) -> str:
     elif results.bench == hopper.NAME:
         heading, *lines = hopper.grid(rows)
         unit = hopper.unit(rows)
+    elif results.bench.startswith(utilisation.PREFIX):
+        heading, *lines = utilisation.grid(rows)
+        lines = [[case, f"`{kernel}`", *numbers] for case, kernel, *numbers in lines]  # or <T> would be taken for HTML
+        unit = utilisation.UNIT
     else:
         bench = by_name()[results.bench]
         heading, *lines = report.grid(bench, rows)

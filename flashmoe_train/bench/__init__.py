@@ -60,10 +60,11 @@ def run(options: Options, console: Console | None = None) -> int:
     if not console.is_terminal:
         console.width = 200  # a log has no margins
     device = _device(options.device)
-    selected = _select(_benches(options.subject), options.cases or ("standard" if device.type == "cuda" else "tiny"))
+    selected = select(_benches(options.subject), options.cases or ("standard" if device.type == "cuda" else "tiny"))
     benches = [bench for bench, _ in selected]
-    json_paths = _paths(options.json, "--json", ".json", benches)
-    plot_paths = _paths(options.plot, "--plot", ".png", benches)
+    names = [bench.name for bench in benches]
+    json_paths = paths(options.json, "--json", ".json", names)
+    plot_paths = paths(options.plot, "--plot", ".png", names)
     if options.plot:
         report.check_plotting()
     stored = _stored(options.against, benches, gpu_name(device))
@@ -126,7 +127,8 @@ def _benches(subject: str) -> tuple[Bench, ...]:
     raise UsageError(f"no bench is called {subject!r}; {nearest(wanted, [*SUBJECTS, *known], 'there are ')}")
 
 
-def _select(benches: Sequence[Bench], cases: str) -> list[tuple[Bench, Sequence[Case]]]:
+def select(benches: Sequence[Bench], cases: str) -> list[tuple[Bench, Sequence[Case]]]:
+    """Of each bench the cases that `cases` means, where there are any: standard, tiny, or a pattern of labels."""
     if cases in ("standard", "tiny"):
         return [(bench, bench.standard if cases == "standard" else bench.tiny) for bench in benches]
     found = [(bench, bench.matching(cases)) for bench in benches]
@@ -154,18 +156,18 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _paths(path: Path | None, option: str, suffix: str, benches: Sequence[Bench]) -> dict[str, Path]:
-    """Where each bench writes: `path` is a folder, or for one bench a file."""
+def paths(path: Path | None, option: str, suffix: str, names: Sequence[str]) -> dict[str, Path]:
+    """Where each bench's results go: `path` is a folder, or for one bench a file."""
     if path is None:
         return {}
     if path.suffix == suffix:
-        if len(benches) > 1:
-            names = ", ".join(bench.name for bench in benches)
-            raise UsageError(f"{option} {path} is one file for {len(benches)} benches ({names}): name a folder")
-        return {benches[0].name: path}
+        if len(names) > 1:
+            several = f"{len(names)} benches ({', '.join(names)})"
+            raise UsageError(f"{option} {path} is one file for {several}: name a folder")
+        return {names[0]: path}
     if path.suffix or path.is_file():
         raise UsageError(f"{option} must be a folder or end in {suffix}, found {path}")
-    return {bench.name: path / f"{bench.name}{suffix}" for bench in benches}
+    return {name: path / f"{name}{suffix}" for name in names}
 
 
 def _stored(path: Path | None, benches: Sequence[Bench], gpu: str) -> dict[str, Results]:
