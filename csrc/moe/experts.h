@@ -34,6 +34,8 @@ struct Experts {
 };
 constexpr int MOST_EXPERTS = 4096;
 
+// `claimed`, one number of each launch, counts the tiles that blocks have taken: 0 before.
+
 // The router's weight of a row, in float32: weights[row_slot[row]], weights[row] without row_slot, 1 without weights.
 struct RowWeights {
   const float* weights;
@@ -43,6 +45,7 @@ struct RowWeights {
 // h = [x w1T, x w3T], a = silu(gate) * up * weight, from the rounded h.
 struct MoEUpParams {
   Experts experts;
+  int32_t* claimed;
   Matrix x;         // [R, d]
   Weights w1, w3;   // [E, n, d]
   RowWeights weights;
@@ -54,6 +57,7 @@ cudaError_t moe_up(const MoEUpParams& params, cudaStream_t stream);
 // y = a w2T.
 struct MoEDownParams {
   Experts experts;
+  int32_t* claimed;
   Matrix a;    // [R, n]
   Weights w2;  // [E, d, n]
   Matrix y;    // [R, d]
@@ -64,6 +68,7 @@ cudaError_t moe_down(const MoEDownParams& params, cudaStream_t stream);
 // weighted activation, dweights.
 struct MoEDownBackwardParams {
   Experts experts;
+  int32_t* claimed;
   Matrix dy;   // [R, d]
   Weights w2;  // [E, d, n]
   Matrix h;    // [R, 2 n]
@@ -77,6 +82,7 @@ cudaError_t moe_down_backward(const MoEDownBackwardParams& params, cudaStream_t 
 // dx = dgate w1 + dup w3.
 struct MoEUpBackwardParams {
   Experts experts;
+  int32_t* claimed;
   Matrix dh;       // [R, 2 n]
   Weights w1, w3;  // [E, n, d]
   Matrix dx;       // [R, d]
@@ -86,6 +92,7 @@ cudaError_t moe_up_backward(const MoEUpBackwardParams& params, cudaStream_t stre
 // dw2 = dyT a of every expert; zeros for experts without rows.
 struct MoEWeightGradientDownParams {
   Experts experts;
+  int32_t* claimed;
   Matrix dy;  // [R, d]
   Matrix a;   // [R, n]
   void* dw2;  // [E, d, n], contiguous
@@ -95,6 +102,7 @@ cudaError_t moe_weight_gradient_down(const MoEWeightGradientDownParams& params, 
 // dw1 = dgateT x, dw3 = dupT x.
 struct MoEWeightGradientUpParams {
   Experts experts;
+  int32_t* claimed;
   Matrix dh;        // [R, 2 n]
   Matrix x;         // [R, d]
   void *dw1, *dw3;  // [E, n, d], contiguous

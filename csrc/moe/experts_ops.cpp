@@ -93,6 +93,12 @@ struct Layer {
   bool weighted() const { return weights.defined(); }
   Tensor matrix_of(int64_t columns) const { return new_empty(x, {experts.rows, columns}); }
 
+  Tensor zeros(int64_t count) const {
+    Tensor found = new_empty(x, {count}, ScalarType::Int);
+    torch::stable::zero_(found);
+    return found;
+  }
+
   RowWeights row_weights() const {
     return {weighted() ? weights.const_data_ptr<float>() : nullptr, routed ? row_slot.const_data_ptr<int32_t>() : nullptr};
   }
@@ -139,15 +145,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
   const Experts& e = layer.experts;
+  const Tensor claims = layer.zeros(2);
+  int32_t* const claimed = claims.mutable_data_ptr<int32_t>();
   Tensor h = layer.matrix_of(2 * e.hidden), y = layer.matrix_of(e.dim);
   if (e.rows > 0) {
     Tensor a = layer.matrix_of(e.hidden);
     {
       const Tensor rows = layer.rows_of(x, stream);
       const RowWeights scores = layer.combine ? RowWeights{} : layer.row_weights();
-      check_launch(moe_up({e, matrix(rows), weights_of(layer.w1), weights_of(layer.w3), scores, matrix(h), matrix(a)}, stream));
+      check_launch(moe_up({e, claimed, matrix(rows), weights_of(layer.w1), weights_of(layer.w3), scores, matrix(h), matrix(a)}, stream));
     }
-    check_launch(moe_down({e, matrix(a), weights_of(layer.w2), matrix(y)}, stream));
+    check_launch(moe_down({e, claimed + 1, matrix(a), weights_of(layer.w2), matrix(y)}, stream));
   }
   return {layer.tokens_of(y, layer.combine, stream), h};
 }
@@ -179,24 +187,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
 
   // In an order that keeps few tensors of the rows' size alive at once.
-  const Tensor readable_h = readable(h);
+  const Tensor readable_h = readable(h), claims = layer.zeros(4);
+  int32_t* const claimed = claims.mutable_data_ptr<int32_t>();
   Tensor dh = layer.matrix_of(2 * e.hidden);
   {
     const Tensor dy = layer.rows_of(dout, stream);
     Tensor a = layer.matrix_of(e.hidden);
-    check_launch(moe_down_backward({e, matrix(dy), weights_of(layer.w2), matrix(readable_h), layer.row_weights(), matrix(dh),
+    check_launch(moe_down_backward({e, claimed, matrix(dy), weights_of(layer.w2), matrix(readable_h), layer.row_weights(), matrix(dh),
                                     matrix(a), weights ? dweights.mutable_data_ptr<float>() : nullptr},
                                    stream));
-    check_launch(moe_weight_gradient_down({e, matrix(dy), matrix(a), dw2.mutable_data_ptr()}, stream));
+    check_launch(moe_weight_gradient_down({e, claimed + 1, matrix(dy), matrix(a), dw2.mutable_data_ptr()}, stream));
   }
   Tensor dx;
   {
     Tensor drows = layer.matrix_of(e.dim);
-    check_launch(moe_up_backward({e, matrix(dh), weights_of(layer.w1), weights_of(layer.w3), matrix(drows)}, stream));
+    check_launch(moe_up_backward({e, claimed + 2, matrix(dh), weights_of(layer.w1), weights_of(layer.w3), matrix(drows)}, stream));
     dx = layer.tokens_of(drows, false, stream);
   }
   const Tensor rows = layer.rows_of(x, stream);
-  check_launch(moe_weight_gradient_up({e, matrix(dh), matrix(rows), dw1.mutable_data_ptr(), dw3.mutable_data_ptr()}, stream));
+  check_launch(moe_weight_gradient_up({e, claimed + 3, matrix(dh), matrix(rows), dw1.mutable_data_ptr(), dw3.mutable_data_ptr()}, stream));
   return {dx, dweights, dw1, dw2, dw3};
 }
 

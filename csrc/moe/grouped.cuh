@@ -1,8 +1,9 @@
 // What the matrix products of experts share: tiles of 128 rows by 256 columns, a ring of stages that one thread fills, sums in
 // the registers of two warpgroups of 64 rows each.
 //
-// Everything that depends on the routing is read on the device: grids have a block for every multiprocessor, and blocks find
-// their tiles in the experts' offsets.
+// Everything that depends on the routing is read on the device: grids have a block for every multiprocessor, blocks take
+// tiles one by one, in order, and find them in the experts' offsets. So the tiles under way are neighbours at all times and
+// share rows and weights in the L2 cache.
 #pragma once
 
 #include <algorithm>
@@ -33,11 +34,15 @@ constexpr int THREADS = 384;
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 constexpr int COUNT = TILE_COLUMNS / 2;  // accumulators of a thread
 
-template <typename T>
+constexpr int TILES = 2;  // that somebody is at work on: the producer, and consumers
+
+template <typename T, typename Tile>
 struct Shared {
   alignas(1024) T a[STAGES][TILE_ROWS * DEPTH];
   alignas(1024) T b[STAGES][TILE_COLUMNS * DEPTH];
+  Tile tiles[TILES];
   Ring<STAGES> ring;
+  Ring<TILES> tile_ring;
 
   __device__ __forceinline__ int* offsets() { return reinterpret_cast<int*>(this + 1); }  // [experts + 1]
   static size_t bytes(int experts) { return sizeof(Shared) + (experts + 1) * sizeof(int); }
@@ -46,21 +51,80 @@ struct Shared {
 constexpr uint32_t STAGE_BYTES = (TILE_ROWS + TILE_COLUMNS) * DEPTH * 2;
 
 // By all threads. Whatever the offsets are, rows lie within the tensors.
-template <typename T>
-__device__ __forceinline__ void prepare(Shared<T>& shared, const int32_t* offsets, int experts, int rows) {
+template <typename T, typename Tile>
+__device__ __forceinline__ void prepare(Shared<T, Tile>& shared, const int32_t* offsets, int experts, int rows) {
   if (threadIdx.x == 0) {
     shared.ring.init(1, 8);
+    shared.tile_ring.init(1, 8);
     fence_barrier_init();
   }
   for (int i = threadIdx.x; i <= experts; i += THREADS) shared.offsets()[i] = max(0, min(rows, offsets[i]));
   __syncthreads();
 }
 
+// --------------------------------------------------------------------------------------------------------------- tiles
+
+// Where the index-th of `high` times `columns` tiles lies: 16 rows of tiles at a time, column by column, so that those under
+// way are a block of about as many rows as columns.
+struct Place {
+  int row, column;
+};
+__device__ __forceinline__ Place place_of(int index, int high, int columns) {
+  constexpr int TOGETHER = 16;
+  const int first = index / (TOGETHER * columns) * TOGETHER, together = min(TOGETHER, high - first);
+  index -= first * columns;
+  return {first + index % together, index / together};
+}
+
+// The producer's thread: every tile of this block, found by its index, published, and loaded. `find(index, tile)` is false
+// when there is no tile any more; the tile is then marked by `steps` -1.
+template <typename T, typename Tile, typename Find, typename Load>
+__device__ __forceinline__ void each_tile_published(Shared<T, Tile>& shared, int32_t* claimed, Find find, Load load) {
+  Step<TILES> step;
+  Step<STAGES> stage;
+  int next = blockIdx.x;
+  for (;;) {
+    const int index = next;
+    Tile tile;
+    if (!find(index, tile)) tile.steps = -1;
+    shared.tile_ring.acquire(step);
+    shared.tiles[step.stage] = tile;
+    shared.tile_ring.full[step.stage].arrive();
+    step.next();
+    if (tile.steps < 0) return;
+    // The claim takes its time: it is under way while the last stages wait for room. Not earlier: whoever claims early may
+    // be the last to begin.
+    const int claim = max(0, tile.steps - STAGES);
+    if (tile.steps == 0) next = int(gridDim.x) + atomicAdd(claimed, 1);
+    for (int k = 0; k < tile.steps; ++k, stage.next()) {
+      if (k == claim) next = int(gridDim.x) + atomicAdd(claimed, 1);
+      shared.ring.acquire(stage);
+      shared.ring.full[stage.stage].arrive_expecting(STAGE_BYTES);
+      load(tile, k, stage.stage, shared.ring.full[stage.stage]);
+    }
+  }
+}
+
+// The consumers' threads: the same tiles.
+template <typename T, typename Tile, typename Visit>
+__device__ __forceinline__ void each_tile(Shared<T, Tile>& shared, Visit visit) {
+  Step<TILES> step;
+  for (;; step.next()) {
+    shared.tile_ring.wait(step);
+    Tile tile = shared.tiles[step.stage];
+    // From one lane, so that the compiler knows it to be the same in all.
+    tile.steps = __shfl_sync(0xffffffff, tile.steps, 0);
+    if (threadIdx.x % 32 == 0) shared.tile_ring.release(step);
+    if (tile.steps < 0) return;
+    visit(tile);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------- sums
 
 // The products of a tile, stage by stage. A warpgroup without rows lets the stages pass.
-template <typename T, Major A_MAJOR, Major B_MAJOR, typename Visit>
-__device__ __forceinline__ void multiply(float (&d)[COUNT], Shared<T>& shared, Step<STAGES>& step, int steps, uint64_t a,
+template <Major A_MAJOR, Major B_MAJOR, typename T, typename Tile, typename Visit>
+__device__ __forceinline__ void multiply(float (&d)[COUNT], Shared<T, Tile>& shared, Step<STAGES>& step, int steps, uint64_t a,
                                          uint64_t b, bool active, Visit visit) {
   constexpr int A_NEXT = A_MAJOR == K_MAJOR ? 32 : 2048, B_NEXT = B_MAJOR == K_MAJOR ? 32 : 2048;  // bytes, 16 of K
   const bool speaks = threadIdx.x % 32 == 0;  // for its warp

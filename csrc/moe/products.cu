@@ -21,6 +21,7 @@ struct Work {
   CUtensorMap a;       // rows, of whose columns there may be two parts
   CUtensorMap b0, b1;  // weights: of the two parts, or of the two halves of a tile's columns
   const int32_t* offsets;
+  int32_t* claimed;
   RowWeights weights;
   void *out, *activation;
   int64_t out_stride, activation_stride;
@@ -32,14 +33,13 @@ struct Work {
 
 struct Tile {
   int expert, row, left, column;  // left: the expert's rows from `row` on
+  int steps;
 };
 
-// The tiles in the order in which blocks take them: expert by expert, and within one 16 rows of tiles at a time, column by
-// column, so that the tiles under way share rows and weights in the L2 cache.
+// The tiles in the order in which blocks take them: expert by expert.
 struct Walk {
-  static constexpr int TOGETHER = 16;
   const int* offsets;
-  int experts, columns;
+  int experts, columns, steps;
   int expert = 0, before = 0;  // tiles of all experts before
 
   __device__ __forceinline__ bool find(int index, Tile& tile) {
@@ -47,11 +47,9 @@ struct Walk {
       const int begin = offsets[expert], rows = offsets[expert + 1] - begin;
       const int high = (max(0, rows) + TILE_ROWS - 1) / TILE_ROWS;
       if (index < before + high * columns) {
-        index -= before;
-        const int first = index / (TOGETHER * columns) * TOGETHER, together = min(TOGETHER, high - first);
-        index -= first * columns;
-        const int row = (first + index % together) * TILE_ROWS;
-        tile = {expert, begin + row, rows - row, index / together};
+        const Place place = place_of(index - before, high, columns);
+        const int row = place.row * TILE_ROWS;
+        tile = {expert, begin + row, rows - row, place.column, steps};
         return true;
       }
       before += high * columns;
@@ -64,31 +62,26 @@ struct Walk {
 
 // One thread. GLU: the tile's columns are 128 of gate and the same 128 of up.
 template <typename T, Major B_MAJOR, bool GLU>
-__device__ void produce(const Work& w, Shared<T>& shared) {
-  Walk walk{shared.offsets(), w.experts, w.columns};
-  Step<STAGES> step;
-  Tile tile;
-  for (int index = blockIdx.x; walk.find(index, tile); index += gridDim.x)
-    for (int k = 0; k < w.steps; ++k, step.next()) {
-      shared.ring.acquire(step);
-      Barrier& full = shared.ring.full[step.stage];
-      full.arrive_expecting(STAGE_BYTES);
-      const bool first = k < w.first_steps;
-      const int depth = first ? k * DEPTH : (k - w.first_steps) * DEPTH;
-      tma_load(shared.a[step.stage], &w.a, full, Keep::normal, (first ? 0 : w.second_column) + depth, tile.row);
-      T* const b = shared.b[step.stage];
-      if constexpr (B_MAJOR == K_MAJOR) {
-        const int column = tile.column * (GLU ? TILE_COLUMNS / 2 : TILE_COLUMNS);
-        tma_load(b, &w.b0, full, Keep::normal, depth, column, tile.expert);
-        tma_load(b + TILE_COLUMNS / 2 * DEPTH, &w.b1, full, Keep::normal, depth, GLU ? column : column + TILE_COLUMNS / 2,
-                 tile.expert);
-      } else {
+__device__ void produce(const Work& w, Shared<T, Tile>& shared) {
+  Walk walk{shared.offsets(), w.experts, w.columns, w.steps};
+  const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
+    const bool first = k < w.first_steps;
+    const int depth = first ? k * DEPTH : (k - w.first_steps) * DEPTH;
+    tma_load(shared.a[stage], &w.a, full, Keep::normal, (first ? 0 : w.second_column) + depth, tile.row);
+    T* const b = shared.b[stage];
+    if constexpr (B_MAJOR == K_MAJOR) {
+      const int column = tile.column * (GLU ? TILE_COLUMNS / 2 : TILE_COLUMNS);
+      tma_load(b, &w.b0, full, Keep::normal, depth, column, tile.expert);
+      tma_load(b + TILE_COLUMNS / 2 * DEPTH, &w.b1, full, Keep::normal, depth, GLU ? column : column + TILE_COLUMNS / 2,
+               tile.expert);
+    } else {
 #pragma unroll
-        for (int i = 0; i < TILE_COLUMNS; i += 64)
-          tma_load(b + i * DEPTH, first ? &w.b0 : &w.b1, full, Keep::normal, tile.column * TILE_COLUMNS + i, depth,
-                   tile.expert);
-      }
+      for (int i = 0; i < TILE_COLUMNS; i += 64)
+        tma_load(b + i * DEPTH, first ? &w.b0 : &w.b1, full, Keep::normal, tile.column * TILE_COLUMNS + i, depth,
+                 tile.expert);
     }
+  };
+  each_tile_published(shared, w.claimed, [&](int index, Tile& tile) { return walk.find(index, tile); }, load);
 }
 
 // ----------------------------------------------------------------------------------------------------------- consumers
@@ -152,28 +145,26 @@ __device__ __forceinline__ void store_glu(const Work& w, const float (&d)[COUNT]
 }
 
 template <typename T, Major B_MAJOR, bool GLU>
-__device__ void consume(const Work& w, Shared<T>& shared, int warpgroup) {
+__device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
   const int row = warpgroup * 64 + fragment_row(threadIdx.x % 128);
   const uint64_t a = k_major(shared_address(shared.a) + warpgroup * 64 * 128);
   const uint64_t b = B_MAJOR == K_MAJOR ? k_major(shared_address(shared.b)) : mn_major(shared_address(shared.b), DEPTH * 128);
-  Walk walk{shared.offsets(), w.experts, w.columns};
   Step<STAGES> step;
-  Tile tile;
   float d[COUNT];
-  for (int index = blockIdx.x; walk.find(index, tile); index += gridDim.x) {
-    const bool active = warpgroup * 64 < tile.left;
-    multiply<T, K_MAJOR, B_MAJOR>(d, shared, step, w.steps, a, b, active, [](int, int) {});
-    if (!active) continue;
+  each_tile(shared, [&](const Tile& tile) {
+    const bool active = warpgroup * 64 < __shfl_sync(0xffffffff, tile.left, 0);
+    multiply<K_MAJOR, B_MAJOR>(d, shared, step, tile.steps, a, b, active, [](int, int) {});
+    if (!active) return;
     if constexpr (GLU)
       store_glu<T>(w, d, tile, row, tile.left - row);
     else
       store<T>(w, d, tile, row, tile.left - row);
-  }
+  });
 }
 
 template <typename T, Major B_MAJOR, bool GLU>
 __global__ void __launch_bounds__(THREADS, 1) products_kernel(const __grid_constant__ Work w) {
-  auto& shared = shared_storage<Shared<T>>();
+  auto& shared = shared_storage<Shared<T, Tile>>();
   prepare(shared, w.offsets, w.experts, w.rows);
   if (threadIdx.x < 128) {
     fewer_registers<PRODUCER_REGISTERS>();
@@ -234,12 +225,12 @@ __global__ void __launch_bounds__(256) zero_nobodys_kernel(ZeroNobodysParams p) 
 // -------------------------------------------------------------------------------------------------------------- launch
 
 template <typename T, Major B_MAJOR, bool GLU = false>
-cudaError_t run(const Experts& e, Work w, cudaStream_t stream) {
-  w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
+cudaError_t run(const Experts& e, int32_t* claimed, Work w, cudaStream_t stream) {
+  w.claimed = claimed, w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
   w.columns = (w.width + (GLU ? TILE_COLUMNS / 2 : TILE_COLUMNS) - 1) / (GLU ? TILE_COLUMNS / 2 : TILE_COLUMNS);
   int blocks = 0;
   if (const cudaError_t error = multiprocessors(blocks)) return error;
-  return launch(products_kernel<T, B_MAJOR, GLU>, {dim3(blocks), dim3(THREADS), Shared<T>::bytes(e.count), stream}, w);
+  return launch(products_kernel<T, B_MAJOR, GLU>, {dim3(blocks), dim3(THREADS), Shared<T, Tile>::bytes(e.count), stream}, w);
 }
 
 constexpr int stages(int columns) { return (columns + DEPTH - 1) / DEPTH; }
@@ -254,7 +245,7 @@ cudaError_t up(const MoEUpParams& p, cudaStream_t stream) {
   w.weights = p.weights;
   w.out = p.h.data, w.out_stride = p.h.stride, w.activation = p.a.data, w.activation_stride = p.a.stride;
   w.width = e.hidden, w.steps = w.first_steps = stages(e.dim);
-  return run<T, K_MAJOR, true>(e, w, stream);
+  return run<T, K_MAJOR, true>(e, p.claimed, w, stream);
 }
 
 template <typename T>
@@ -265,7 +256,7 @@ cudaError_t down(const MoEDownParams& p, cudaStream_t stream) {
   w.b0 = w.b1 = weights_map<T>("w2", p.w2, e.count, e.dim, e.hidden, TILE_COLUMNS / 2);
   w.out = p.y.data, w.out_stride = p.y.stride;
   w.width = e.dim, w.steps = w.first_steps = stages(e.hidden);
-  return run<T, K_MAJOR>(e, w, stream);
+  return run<T, K_MAJOR>(e, p.claimed, w, stream);
 }
 
 template <typename T>
@@ -276,7 +267,7 @@ cudaError_t down_backward(const MoEDownBackwardParams& p, cudaStream_t stream) {
   w.b0 = w.b1 = weights_map<T>("w2", p.w2, e.count, e.dim, e.hidden, DEPTH);
   w.out = p.a.data, w.out_stride = p.a.stride;
   w.width = e.hidden, w.steps = w.first_steps = stages(e.dim);
-  if (const cudaError_t error = run<T, MN_MAJOR>(e, w, stream)) return error;
+  if (const cudaError_t error = run<T, MN_MAJOR>(e, p.claimed, w, stream)) return error;
   glu_backward_kernel<T><<<blocks(e.rows), WARPS, 0, stream>>>(p);
   return cudaGetLastError();
 }
@@ -290,7 +281,7 @@ cudaError_t up_backward(const MoEUpBackwardParams& p, cudaStream_t stream) {
   w.b1 = weights_map<T>("w3", p.w3, e.count, e.hidden, e.dim, DEPTH);
   w.out = p.dx.data, w.out_stride = p.dx.stride;
   w.width = e.dim, w.first_steps = stages(e.hidden), w.steps = 2 * w.first_steps, w.second_column = e.hidden;
-  return run<T, MN_MAJOR>(e, w, stream);
+  return run<T, MN_MAJOR>(e, p.claimed, w, stream);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ enum BarrierId { CONSUMERS = 1 };
 struct Work {
   CUtensorMap a, b;
   const int32_t* offsets;
+  int32_t* claimed;
   void* out[2];
   int experts, rows, height, width;
   int parts, high, columns;  // tiles that cover a part's height, and the width
@@ -29,10 +30,9 @@ __device__ __forceinline__ bool find(const Work& w, const int* offsets, int inde
   const int of_expert = w.parts * w.high * w.columns;
   if (index >= w.experts * of_expert) return false;
   tile.expert = index / of_expert;
-  index -= tile.expert * of_expert;
-  tile.column = index % w.columns * TILE_COLUMNS;
-  index /= w.columns;
-  tile.part = index / w.high, tile.row = index % w.high * TILE_ROWS;
+  const Place place = place_of(index - tile.expert * of_expert, w.parts * w.high, w.columns);
+  tile.part = place.row / w.high, tile.row = place.row % w.high * TILE_ROWS;
+  tile.column = place.column * TILE_COLUMNS;
   tile.first = offsets[tile.expert], tile.rows = max(0, offsets[tile.expert + 1] - tile.first);
   tile.steps = (tile.rows + DEPTH - 1) / DEPTH;
   return true;
@@ -40,27 +40,23 @@ __device__ __forceinline__ bool find(const Work& w, const int* offsets, int inde
 
 // One thread.
 template <typename T>
-__device__ void produce(const Work& w, Shared<T>& shared) {
-  Step<STAGES> step;
-  Tile tile;
-  for (int index = blockIdx.x; find(w, shared.offsets(), index, tile); index += gridDim.x)
-    for (int k = 0; k < tile.steps; ++k, step.next()) {
-      shared.ring.acquire(step);
-      Barrier& full = shared.ring.full[step.stage];
-      full.arrive_expecting(STAGE_BYTES);
-      const int row = tile.first + k * DEPTH;
+__device__ void produce(const Work& w, Shared<T, Tile>& shared) {
+  const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
+    const int row = tile.first + k * DEPTH;
 #pragma unroll
-      for (int i = 0; i < TILE_ROWS; i += 64)
-        tma_load(shared.a[step.stage] + i * DEPTH, &w.a, full, Keep::normal, tile.part * w.height + tile.row + i, row);
+    for (int i = 0; i < TILE_ROWS; i += 64)
+      tma_load(shared.a[stage] + i * DEPTH, &w.a, full, Keep::normal, tile.part * w.height + tile.row + i, row);
 #pragma unroll
-      for (int i = 0; i < TILE_COLUMNS; i += 64)
-        tma_load(shared.b[step.stage] + i * DEPTH, &w.b, full, Keep::normal, tile.column + i, row);
-    }
+    for (int i = 0; i < TILE_COLUMNS; i += 64)
+      tma_load(shared.b[stage] + i * DEPTH, &w.b, full, Keep::normal, tile.column + i, row);
+  };
+  const auto find_tile = [&](int index, Tile& tile) { return find(w, shared.offsets(), index, tile); };
+  each_tile_published(shared, w.claimed, find_tile, load);
 }
 
 // Zeros in the rows of a stage from `begin` on, by both warpgroups.
 template <typename T>
-__device__ __forceinline__ void clear_rows(Shared<T>& shared, int stage, int begin) {
+__device__ __forceinline__ void clear_rows(Shared<T, Tile>& shared, int stage, int begin) {
   const auto clear = [&](T* tile, int columns) {
     for (int column = 0; column < columns; column += 64)
       for (int i = begin * 8 + threadIdx.x - 128; i < DEPTH * 8; i += 256)
@@ -73,15 +69,14 @@ __device__ __forceinline__ void clear_rows(Shared<T>& shared, int stage, int beg
 }
 
 template <typename T>
-__device__ void consume(const Work& w, Shared<T>& shared, int warpgroup) {
+__device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
   const int row = warpgroup * 64 + fragment_row(threadIdx.x % 128);
   const uint64_t a = mn_major(shared_address(shared.a) + warpgroup * DEPTH * 128, DEPTH * 128);
   const uint64_t b = mn_major(shared_address(shared.b), DEPTH * 128);
   Step<STAGES> step;
-  Tile tile;
   float d[COUNT];
-  for (int index = blockIdx.x; find(w, shared.offsets(), index, tile); index += gridDim.x) {
-    multiply<T, MN_MAJOR, MN_MAJOR>(d, shared, step, tile.steps, a, b, true, [&](int k, int stage) {
+  each_tile(shared, [&](const Tile& tile) {
+    multiply<MN_MAJOR, MN_MAJOR>(d, shared, step, tile.steps, a, b, true, [&](int k, int stage) {
       if (tile.rows - k * DEPTH < DEPTH) clear_rows(shared, stage, tile.rows - k * DEPTH);
     });
     const bool empty = tile.steps == 0;
@@ -96,12 +91,12 @@ __device__ void consume(const Work& w, Shared<T>& shared, int warpgroup) {
         if (at < w.height && column + 2 * j < w.width) *reinterpret_cast<uint4*>(out + 2 * j) = empty ? uint4{} : eight;
       }
     }
-  }
+  });
 }
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 1) weight_gradient_kernel(const __grid_constant__ Work w) {
-  auto& shared = shared_storage<Shared<T>>();
+  auto& shared = shared_storage<Shared<T, Tile>>();
   prepare(shared, w.offsets, w.experts, w.rows);
   if (threadIdx.x < 128) {
     fewer_registers<PRODUCER_REGISTERS>();
@@ -115,30 +110,30 @@ __global__ void __launch_bounds__(THREADS, 1) weight_gradient_kernel(const __gri
 // -------------------------------------------------------------------------------------------------------------- launch
 
 template <typename T>
-cudaError_t run(const Experts& e, const Matrix& a, const Matrix& b, int parts, int height, int width, void* out0, void* out1,
-                cudaStream_t stream) {
+cudaError_t run(const Experts& e, int32_t* claimed, const Matrix& a, const Matrix& b, int parts, int height, int width, void* out0,
+                void* out1, cudaStream_t stream) {
   Work w{};
   w.a = rows_map<T>("the left rows", a, e.rows, int64_t(parts) * height, DEPTH);
   w.b = rows_map<T>("the right rows", b, e.rows, width, DEPTH);
-  w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
+  w.claimed = claimed, w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
   w.out[0] = out0, w.out[1] = out1;
   w.height = height, w.width = width, w.parts = parts;
   w.high = (height + TILE_ROWS - 1) / TILE_ROWS, w.columns = (width + TILE_COLUMNS - 1) / TILE_COLUMNS;
   int blocks = 0;
   if (const cudaError_t error = multiprocessors(blocks)) return error;
-  return launch(weight_gradient_kernel<T>, {dim3(blocks), dim3(THREADS), Shared<T>::bytes(e.count), stream}, w);
+  return launch(weight_gradient_kernel<T>, {dim3(blocks), dim3(THREADS), Shared<T, Tile>::bytes(e.count), stream}, w);
 }
 
 }  // namespace
 
 cudaError_t moe_weight_gradient_down(const MoEWeightGradientDownParams& p, cudaStream_t stream) {
   const auto down = p.experts.half ? run<__half> : run<__nv_bfloat16>;
-  return down(p.experts, p.dy, p.a, 1, p.experts.dim, p.experts.hidden, p.dw2, nullptr, stream);
+  return down(p.experts, p.claimed, p.dy, p.a, 1, p.experts.dim, p.experts.hidden, p.dw2, nullptr, stream);
 }
 
 cudaError_t moe_weight_gradient_up(const MoEWeightGradientUpParams& p, cudaStream_t stream) {
   const auto up = p.experts.half ? run<__half> : run<__nv_bfloat16>;
-  return up(p.experts, p.dh, p.x, 2, p.experts.hidden, p.experts.dim, p.dw1, p.dw3, stream);
+  return up(p.experts, p.claimed, p.dh, p.x, 2, p.experts.hidden, p.experts.dim, p.dw1, p.dw3, stream);
 }
 
 }  // namespace flashmoe
