@@ -35,31 +35,40 @@ constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 constexpr int COUNT = TILE_COLUMNS / 2;  // accumulators of a thread
 
 constexpr int TILES = 2;  // that somebody is at work on: the producer, and consumers
+constexpr int SLABS = 2;  // for results on their way to memory, 64 by 64, of each warpgroup
 
 template <typename T, typename Tile>
 struct Shared {
   alignas(1024) T a[STAGES][TILE_ROWS * DEPTH];
   alignas(1024) T b[STAGES][TILE_COLUMNS * DEPTH];
+  alignas(1024) T results[TILE_ROWS / 64][SLABS][64 * 64];
   Tile tiles[TILES];
   Ring<STAGES> ring;
   Ring<TILES> tile_ring;
-
-  __device__ __forceinline__ int* offsets() { return reinterpret_cast<int*>(this + 1); }  // [experts + 1]
-  static size_t bytes(int experts) { return sizeof(Shared) + (experts + 1) * sizeof(int); }
 };
+
+enum BarrierId { WARPGROUP = 1, CONSUMERS = 3 };  // named barriers: one for each warpgroup, one for both
 
 constexpr uint32_t STAGE_BYTES = (TILE_ROWS + TILE_COLUMNS) * DEPTH * 2;
 
-// By all threads. Whatever the offsets are, rows lie within the tensors.
+// By all threads.
 template <typename T, typename Tile>
-__device__ __forceinline__ void prepare(Shared<T, Tile>& shared, const int32_t* offsets, int experts, int rows) {
+__device__ __forceinline__ void prepare(Shared<T, Tile>& shared) {
   if (threadIdx.x == 0) {
     shared.ring.init(1, 8);
     shared.tile_ring.init(1, 8);
     fence_barrier_init();
   }
-  for (int i = threadIdx.x; i <= experts; i += THREADS) shared.offsets()[i] = max(0, min(rows, offsets[i]));
   __syncthreads();
+}
+
+// The rows of an expert. Whatever the offsets are, they lie within the tensors.
+struct Rows {
+  int first, count;
+};
+__device__ __forceinline__ Rows rows_of(const int32_t* offsets, int expert, int rows) {
+  const int first = max(0, min(rows, offsets[expert])), end = max(0, min(rows, offsets[expert + 1]));
+  return {first, max(0, end - first)};
 }
 
 // --------------------------------------------------------------------------------------------------------------- tiles
@@ -114,10 +123,12 @@ __device__ __forceinline__ void each_tile(Shared<T, Tile>& shared, Visit visit) 
     Tile tile = shared.tiles[step.stage];
     // From one lane, so that the compiler knows it to be the same in all.
     tile.steps = __shfl_sync(0xffffffff, tile.steps, 0);
+    __syncwarp();
     if (threadIdx.x % 32 == 0) shared.tile_ring.release(step);
-    if (tile.steps < 0) return;
+    if (tile.steps < 0) break;
     visit(tile);
   }
+  tma_wait_read<0>();  // the block's memory may go
 }
 
 // ---------------------------------------------------------------------------------------------------------------- sums
@@ -148,6 +159,35 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], Shared<T, Tile>& sha
   wgmma_wait<0>();
   pin(d);
   if (steps > 0 && speaks) shared.ring.release(previous);
+}
+
+// 64 columns of a warpgroup's results, packed, to memory by TMA: `put(slab)` by one thread. While a slab leaves, the next one
+// is written, or the next tile computed.
+template <typename T, typename Tile, typename Put>
+__device__ __forceinline__ void send(const uint32_t (&pairs)[16], Shared<T, Tile>& shared, int warpgroup, int& slab, Put put) {
+  T* const results = shared.results[warpgroup][slab];
+  slab = (slab + 1) % SLABS;
+  const bool speaks = threadIdx.x % 128 == 0;
+  if (speaks) tma_wait_read<SLABS - 1>();
+  barrier_sync(WARPGROUP + warpgroup, 128);
+  const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int i = 0; i < 16; i += 4)  // 16 columns
+    stmatrix(shared_address(results) + tile_offset(64, row, i * 4 + lane / 16 * 8), pairs[i], pairs[i + 1], pairs[i + 2],
+             pairs[i + 3]);
+  fence_proxy_async();
+  barrier_sync(WARPGROUP + warpgroup, 128);
+  if (speaks) {
+    put(results);
+    tma_commit();
+  }
+}
+
+// The sums from `first` on, packed as `send` wants them.
+template <typename T>
+__device__ __forceinline__ void pack_columns(const float (&d)[COUNT], int first, uint32_t (&pairs)[16]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) pairs[i] = pack<T>(d[first + 2 * i], d[first + 2 * i + 1]);
 }
 
 // Of 32 columns of sums in row r (0 or 1) of the two that a thread has, eight neighbours in T.

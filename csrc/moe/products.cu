@@ -6,7 +6,8 @@
 //   moe_up_backward   dx = dgate w1 + dup w3                            one sum over both
 //
 // One thread loads stages, two warpgroups multiply; a block takes tiles until there are none. The expert is a coordinate of
-// the weights' tensor map. Results go from registers to memory, 16 bytes a thread: rows of the next expert are left out.
+// the weights' tensor map. Results go to memory by TMA, 64 rows at a time; where some of those are the next expert's, from
+// registers, row by row.
 #include "moe/activation.cuh"
 #include "moe/grouped.cuh"
 #include "moe/rows.cuh"
@@ -20,6 +21,7 @@ namespace {
 struct Work {
   CUtensorMap a;       // rows, of whose columns there may be two parts
   CUtensorMap b0, b1;  // weights: of the two parts, or of the two halves of a tile's columns
+  CUtensorMap out_map, activation_map;
   const int32_t* offsets;
   int32_t* claimed;
   RowWeights weights;
@@ -38,21 +40,20 @@ struct Tile {
 
 // The tiles in the order in which blocks take them: expert by expert.
 struct Walk {
-  const int* offsets;
-  int experts, columns, steps;
+  const Work& w;
   int expert = 0, before = 0;  // tiles of all experts before
 
   __device__ __forceinline__ bool find(int index, Tile& tile) {
-    for (; expert < experts; ++expert) {
-      const int begin = offsets[expert], rows = offsets[expert + 1] - begin;
-      const int high = (max(0, rows) + TILE_ROWS - 1) / TILE_ROWS;
-      if (index < before + high * columns) {
-        const Place place = place_of(index - before, high, columns);
+    for (; expert < w.experts; ++expert) {
+      const Rows rows = rows_of(w.offsets, expert, w.rows);
+      const int high = (rows.count + TILE_ROWS - 1) / TILE_ROWS;
+      if (index < before + high * w.columns) {
+        const Place place = place_of(index - before, high, w.columns);
         const int row = place.row * TILE_ROWS;
-        tile = {expert, begin + row, rows - row, place.column, steps};
+        tile = {expert, rows.first + row, rows.count - row, place.column, w.steps};
         return true;
       }
-      before += high * columns;
+      before += high * w.columns;
     }
     return false;
   }
@@ -63,7 +64,7 @@ struct Walk {
 // One thread. GLU: the tile's columns are 128 of gate and the same 128 of up.
 template <typename T, Major B_MAJOR, bool GLU>
 __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
-  Walk walk{shared.offsets(), w.experts, w.columns, w.steps};
+  Walk walk{w};
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
     const bool first = k < w.first_steps;
     const int depth = first ? k * DEPTH : (k - w.first_steps) * DEPTH;
@@ -86,9 +87,24 @@ __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
 
 // ----------------------------------------------------------------------------------------------------------- consumers
 
-// Rows of this thread: two, of which `left` says how many there are.
+// A warpgroup's 64 rows, all of them the expert's.
 template <typename T>
-__device__ __forceinline__ void store(const Work& w, const float (&d)[COUNT], const Tile& tile, int row, int left) {
+__device__ __forceinline__ void send_rows(const Work& w, const float (&d)[COUNT], const Tile& tile, Shared<T, Tile>& shared,
+                                          int warpgroup, int& slab) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 32) {  // 64 columns
+    uint32_t pairs[16];
+    pack_columns<T>(d, i, pairs);
+    const int column = tile.column * TILE_COLUMNS + 2 * i;
+    if (column < w.width)
+      send(pairs, shared, warpgroup, slab,
+           [&](const T* results) { tma_store(&w.out_map, results, column, tile.row + warpgroup * 64); });
+  }
+}
+
+// The two rows of this thread, of which `left` says how many there are.
+template <typename T>
+__device__ __forceinline__ void store_rows(const Work& w, const float (&d)[COUNT], const Tile& tile, int row, int left) {
   const int column = tile.column * TILE_COLUMNS + threadIdx.x % 4 * 8;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -113,7 +129,34 @@ __device__ __forceinline__ float weight_of(const RowWeights& w, int row) {
   return slot < 0 ? 0 : w.weights[slot];
 }
 
+// Of packed neighbours of gate and up.
+template <typename T>
+__device__ __forceinline__ uint32_t activation_of(uint32_t gate, uint32_t up, float weight) {
+  const float2 g = unpack<T>(gate), u = unpack<T>(up);
+  return pack<T>(swiglu(g.x, u.x) * weight, swiglu(g.y, u.y) * weight);
+}
+
 // gate and up of a column are sums of one thread.
+template <typename T>
+__device__ __forceinline__ void send_glu(const Work& w, const float (&d)[COUNT], const Tile& tile, Shared<T, Tile>& shared,
+                                         int warpgroup, int& slab) {
+  const int row = tile.row + warpgroup * 64, own = row + fragment_row(threadIdx.x % 128);
+  const float weight[2] = {weight_of(w.weights, own), weight_of(w.weights, own + 8)};
+#pragma unroll
+  for (int i = 0; i < COUNT / 2; i += 32) {  // 64 columns
+    uint32_t gate[16], up[16], activation[16];
+    pack_columns<T>(d, i, gate);
+    pack_columns<T>(d, COUNT / 2 + i, up);
+#pragma unroll
+    for (int j = 0; j < 16; ++j) activation[j] = activation_of<T>(gate[j], up[j], weight[j % 2]);
+    const int column = tile.column * (TILE_COLUMNS / 2) + 2 * i;
+    if (column >= w.width) break;
+    send(gate, shared, warpgroup, slab, [&](const T* results) { tma_store(&w.out_map, results, column, 0, row); });
+    send(up, shared, warpgroup, slab, [&](const T* results) { tma_store(&w.out_map, results, column, 1, row); });
+    send(activation, shared, warpgroup, slab, [&](const T* results) { tma_store(&w.activation_map, results, column, row); });
+  }
+}
+
 template <typename T>
 __device__ __forceinline__ void store_glu(const Work& w, const float (&d)[COUNT], const Tile& tile, int row, int left) {
   const int column = tile.column * (TILE_COLUMNS / 2) + threadIdx.x % 4 * 8;
@@ -131,8 +174,7 @@ __device__ __forceinline__ void store_glu(const Work& w, const float (&d)[COUNT]
       for (int i = 0; i < 4; ++i) {
         const int pair = j + 4 * i + 2 * r;
         gate[i] = pack<T>(d[pair], d[pair + 1]), up[i] = pack<T>(d[COUNT / 2 + pair], d[COUNT / 2 + pair + 1]);
-        const float2 g = unpack<T>(gate[i]), u = unpack<T>(up[i]);
-        a[i] = pack<T>(swiglu(g.x, u.x) * weight, swiglu(g.y, u.y) * weight);
+        a[i] = activation_of<T>(gate[i], up[i], weight);
       }
       const uint4 eight_gate = quad_transpose(gate), eight_up = quad_transpose(up), eight_a = quad_transpose(a);
       if (there && column + 2 * j < w.width) {
@@ -151,21 +193,30 @@ __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
   const uint64_t b = B_MAJOR == K_MAJOR ? k_major(shared_address(shared.b)) : mn_major(shared_address(shared.b), DEPTH * 128);
   Step<STAGES> step;
   float d[COUNT];
+  int slab = 0;
   each_tile(shared, [&](const Tile& tile) {
-    const bool active = warpgroup * 64 < __shfl_sync(0xffffffff, tile.left, 0);
+    const int left = __shfl_sync(0xffffffff, tile.left, 0) - warpgroup * 64;
+    const bool active = left > 0;
     multiply<K_MAJOR, B_MAJOR>(d, shared, step, tile.steps, a, b, active, [](int, int) {});
     if (!active) return;
-    if constexpr (GLU)
-      store_glu<T>(w, d, tile, row, tile.left - row);
-    else
-      store<T>(w, d, tile, row, tile.left - row);
+    if constexpr (GLU) {
+      if (left >= 64)
+        send_glu<T>(w, d, tile, shared, warpgroup, slab);
+      else
+        store_glu<T>(w, d, tile, row, tile.left - row);
+    } else {
+      if (left >= 64)
+        send_rows<T>(w, d, tile, shared, warpgroup, slab);
+      else
+        store_rows<T>(w, d, tile, row, tile.left - row);
+    }
   });
 }
 
 template <typename T, Major B_MAJOR, bool GLU>
 __global__ void __launch_bounds__(THREADS, 1) products_kernel(const __grid_constant__ Work w) {
   auto& shared = shared_storage<Shared<T, Tile>>();
-  prepare(shared, w.offsets, w.experts, w.rows);
+  prepare(shared);
   if (threadIdx.x < 128) {
     fewer_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x < 32 && elected()) produce<T, B_MAJOR, GLU>(w, shared);
@@ -230,7 +281,7 @@ cudaError_t run(const Experts& e, int32_t* claimed, Work w, cudaStream_t stream)
   w.columns = (w.width + (GLU ? TILE_COLUMNS / 2 : TILE_COLUMNS) - 1) / (GLU ? TILE_COLUMNS / 2 : TILE_COLUMNS);
   int blocks = 0;
   if (const cudaError_t error = multiprocessors(blocks)) return error;
-  return launch(products_kernel<T, B_MAJOR, GLU>, {dim3(blocks), dim3(THREADS), Shared<T, Tile>::bytes(e.count), stream}, w);
+  return launch(products_kernel<T, B_MAJOR, GLU>, {dim3(blocks), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
 }
 
 constexpr int stages(int columns) { return (columns + DEPTH - 1) / DEPTH; }
@@ -243,6 +294,10 @@ cudaError_t up(const MoEUpParams& p, cudaStream_t stream) {
   w.b0 = weights_map<T>("w1", p.w1, e.count, e.hidden, e.dim, TILE_COLUMNS / 2);
   w.b1 = weights_map<T>("w3", p.w3, e.count, e.hidden, e.dim, TILE_COLUMNS / 2);
   w.weights = p.weights;
+  // gate and up are dimensions of their own, so that a copy ends with gate.
+  w.out_map = tensor_map("h", p.h.data, map_element<T>(),
+                         {{e.hidden, 64, 2}, {2, 1, int64_t(e.hidden) * 2}, {e.rows, 64, p.h.stride * 2}});
+  w.activation_map = rows_map<T>("a", p.a, e.rows, e.hidden, 64);
   w.out = p.h.data, w.out_stride = p.h.stride, w.activation = p.a.data, w.activation_stride = p.a.stride;
   w.width = e.hidden, w.steps = w.first_steps = stages(e.dim);
   return run<T, K_MAJOR, true>(e, p.claimed, w, stream);
@@ -254,6 +309,7 @@ cudaError_t down(const MoEDownParams& p, cudaStream_t stream) {
   Work w{};
   w.a = rows_map<T>("a", p.a, e.rows, e.hidden, TILE_ROWS);
   w.b0 = w.b1 = weights_map<T>("w2", p.w2, e.count, e.dim, e.hidden, TILE_COLUMNS / 2);
+  w.out_map = rows_map<T>("y", p.y, e.rows, e.dim, 64);
   w.out = p.y.data, w.out_stride = p.y.stride;
   w.width = e.dim, w.steps = w.first_steps = stages(e.hidden);
   return run<T, K_MAJOR>(e, p.claimed, w, stream);
@@ -265,6 +321,7 @@ cudaError_t down_backward(const MoEDownBackwardParams& p, cudaStream_t stream) {
   Work w{};
   w.a = rows_map<T>("dy", p.dy, e.rows, e.dim, TILE_ROWS);
   w.b0 = w.b1 = weights_map<T>("w2", p.w2, e.count, e.dim, e.hidden, DEPTH);
+  w.out_map = rows_map<T>("a", p.a, e.rows, e.hidden, 64);
   w.out = p.a.data, w.out_stride = p.a.stride;
   w.width = e.hidden, w.steps = w.first_steps = stages(e.dim);
   if (const cudaError_t error = run<T, MN_MAJOR>(e, p.claimed, w, stream)) return error;
@@ -279,6 +336,7 @@ cudaError_t up_backward(const MoEUpBackwardParams& p, cudaStream_t stream) {
   w.a = rows_map<T>("dh", p.dh, e.rows, 2 * e.hidden, TILE_ROWS);
   w.b0 = weights_map<T>("w1", p.w1, e.count, e.hidden, e.dim, DEPTH);
   w.b1 = weights_map<T>("w3", p.w3, e.count, e.hidden, e.dim, DEPTH);
+  w.out_map = rows_map<T>("dx", p.dx, e.rows, e.dim, 64);
   w.out = p.dx.data, w.out_stride = p.dx.stride;
   w.width = e.dim, w.first_steps = stages(e.hidden), w.steps = 2 * w.first_steps, w.second_column = e.hidden;
   return run<T, MN_MAJOR>(e, p.claimed, w, stream);

@@ -9,14 +9,11 @@
 namespace flashmoe {
 namespace {
 
-enum BarrierId { CONSUMERS = 1 };
-
 // What a kernel is given: out[part][e] = a[rows of e, part]T b[rows of e], parts of `height` columns.
 struct Work {
-  CUtensorMap a, b;
+  CUtensorMap a, b, out[2];
   const int32_t* offsets;
   int32_t* claimed;
-  void* out[2];
   int experts, rows, height, width;
   int parts, high, columns;  // tiles that cover a part's height, and the width
 };
@@ -26,14 +23,15 @@ struct Tile {
   int first, rows, steps;         // of the expert
 };
 
-__device__ __forceinline__ bool find(const Work& w, const int* offsets, int index, Tile& tile) {
+__device__ __forceinline__ bool find(const Work& w, int index, Tile& tile) {
   const int of_expert = w.parts * w.high * w.columns;
   if (index >= w.experts * of_expert) return false;
   tile.expert = index / of_expert;
   const Place place = place_of(index - tile.expert * of_expert, w.parts * w.high, w.columns);
   tile.part = place.row / w.high, tile.row = place.row % w.high * TILE_ROWS;
   tile.column = place.column * TILE_COLUMNS;
-  tile.first = offsets[tile.expert], tile.rows = max(0, offsets[tile.expert + 1] - tile.first);
+  const Rows rows = rows_of(w.offsets, tile.expert, w.rows);
+  tile.first = rows.first, tile.rows = rows.count;
   tile.steps = (tile.rows + DEPTH - 1) / DEPTH;
   return true;
 }
@@ -50,7 +48,7 @@ __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
     for (int i = 0; i < TILE_COLUMNS; i += 64)
       tma_load(shared.b[stage] + i * DEPTH, &w.b, full, Keep::normal, tile.column + i, row);
   };
-  const auto find_tile = [&](int index, Tile& tile) { return find(w, shared.offsets(), index, tile); };
+  const auto find_tile = [&](int index, Tile& tile) { return find(w, index, tile); };
   each_tile_published(shared, w.claimed, find_tile, load);
 }
 
@@ -70,26 +68,27 @@ __device__ __forceinline__ void clear_rows(Shared<T, Tile>& shared, int stage, i
 
 template <typename T>
 __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
-  const int row = warpgroup * 64 + fragment_row(threadIdx.x % 128);
   const uint64_t a = mn_major(shared_address(shared.a) + warpgroup * DEPTH * 128, DEPTH * 128);
   const uint64_t b = mn_major(shared_address(shared.b), DEPTH * 128);
   Step<STAGES> step;
   float d[COUNT];
+  int slab = 0;
   each_tile(shared, [&](const Tile& tile) {
     multiply<MN_MAJOR, MN_MAJOR>(d, shared, step, tile.steps, a, b, true, [&](int k, int stage) {
       if (tile.rows - k * DEPTH < DEPTH) clear_rows(shared, stage, tile.rows - k * DEPTH);
     });
-    const bool empty = tile.steps == 0;
-    const int column = tile.column + threadIdx.x % 4 * 8;
+    const int row = tile.row + warpgroup * 64;
+    if (row >= w.height) return;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int at = tile.row + row + 8 * r;
-      T* const out = static_cast<T*>(w.out[tile.part]) + (int64_t(tile.expert) * w.height + at) * w.width + column;
-#pragma unroll
-      for (int j = 0; j < COUNT; j += 16) {  // 32 columns
-        const uint4 eight = eight_of<T>(d + j, r);
-        if (at < w.height && column + 2 * j < w.width) *reinterpret_cast<uint4*>(out + 2 * j) = empty ? uint4{} : eight;
-      }
+    for (int i = 0; i < COUNT; i += 32) {  // 64 columns
+      uint32_t pairs[16];
+      pack_columns<T>(d, i, pairs);
+      if (tile.steps == 0)
+        for (uint32_t& pair : pairs) pair = 0;
+      const int column = tile.column + 2 * i;
+      if (column < w.width)
+        send(pairs, shared, warpgroup, slab,
+             [&](const T* results) { tma_store(&w.out[tile.part], results, column, row, tile.expert); });
     }
   });
 }
@@ -97,7 +96,7 @@ __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 1) weight_gradient_kernel(const __grid_constant__ Work w) {
   auto& shared = shared_storage<Shared<T, Tile>>();
-  prepare(shared, w.offsets, w.experts, w.rows);
+  prepare(shared);
   if (threadIdx.x < 128) {
     fewer_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x < 32 && elected()) produce<T>(w, shared);
@@ -110,30 +109,32 @@ __global__ void __launch_bounds__(THREADS, 1) weight_gradient_kernel(const __gri
 // -------------------------------------------------------------------------------------------------------------- launch
 
 template <typename T>
-cudaError_t run(const Experts& e, int32_t* claimed, const Matrix& a, const Matrix& b, int parts, int height, int width, void* out0,
-                void* out1, cudaStream_t stream) {
+cudaError_t run(const Experts& e, int32_t* claimed, const Matrix& a, const Matrix& b, int height, int width,
+                std::initializer_list<void*> out, cudaStream_t stream) {
   Work w{};
-  w.a = rows_map<T>("the left rows", a, e.rows, int64_t(parts) * height, DEPTH);
+  w.a = rows_map<T>("the left rows", a, e.rows, int64_t(out.size()) * height, DEPTH);
   w.b = rows_map<T>("the right rows", b, e.rows, width, DEPTH);
   w.claimed = claimed, w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
-  w.out[0] = out0, w.out[1] = out1;
-  w.height = height, w.width = width, w.parts = parts;
+  int i = 0;
+  for (void* part : out)
+    w.out[i++] = weights_map<T>("the gradient", {part, width, int64_t(height) * width}, e.count, height, width, 64);
+  w.height = height, w.width = width, w.parts = int(out.size());
   w.high = (height + TILE_ROWS - 1) / TILE_ROWS, w.columns = (width + TILE_COLUMNS - 1) / TILE_COLUMNS;
   int blocks = 0;
   if (const cudaError_t error = multiprocessors(blocks)) return error;
-  return launch(weight_gradient_kernel<T>, {dim3(blocks), dim3(THREADS), Shared<T, Tile>::bytes(e.count), stream}, w);
+  return launch(weight_gradient_kernel<T>, {dim3(blocks), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
 }
 
 }  // namespace
 
 cudaError_t moe_weight_gradient_down(const MoEWeightGradientDownParams& p, cudaStream_t stream) {
   const auto down = p.experts.half ? run<__half> : run<__nv_bfloat16>;
-  return down(p.experts, p.claimed, p.dy, p.a, 1, p.experts.dim, p.experts.hidden, p.dw2, nullptr, stream);
+  return down(p.experts, p.claimed, p.dy, p.a, p.experts.dim, p.experts.hidden, {p.dw2}, stream);
 }
 
 cudaError_t moe_weight_gradient_up(const MoEWeightGradientUpParams& p, cudaStream_t stream) {
   const auto up = p.experts.half ? run<__half> : run<__nv_bfloat16>;
-  return up(p.experts, p.claimed, p.dh, p.x, 2, p.experts.hidden, p.experts.dim, p.dw1, p.dw3, stream);
+  return up(p.experts, p.claimed, p.dh, p.x, p.experts.hidden, p.experts.dim, {p.dw1, p.dw3}, stream);
 }
 
 }  // namespace flashmoe
