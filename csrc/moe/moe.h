@@ -17,6 +17,22 @@ namespace flashmoe {
 
 enum class DType { bfloat16, float16, float32, float64 };
 
+// The plan that the maps come from: offsets[e] ... offsets[e + 1] are the rows of expert e, in the order of their slots.
+// Slots with an id outside 0 <= id < E have no row; rows from offsets[E] on are nobody's.
+constexpr int ROUTE_PLAN_EXPERTS = 8192;  // at most: their counts have to fit into shared memory
+struct RoutePlanParams {
+  const void* ids;    // [T, K], contiguous: int64 or int32
+  int32_t* offsets;   // [E + 1]
+  int32_t* row_slot;  // [R]
+  int32_t* slot_row;  // [T, K]
+  int32_t* counts;    // [route_plan_chunks(R), E], workspace
+  int slots;          // R = T * K
+  int experts;        // E
+  bool wide_ids;      // int64
+};
+int64_t route_plan_chunks(int64_t slots);
+cudaError_t route_plan(const RoutePlanParams& params, cudaStream_t stream);
+
 // rows[r] = x[row_slot[r] / K], zero where row_slot[r] is -1. Bytes are copied as they are, whatever the type.
 struct PermuteParams {
   const void* x;            // [T, d]

@@ -40,6 +40,34 @@ int check_slots(const Tensor& slot_row) {
   return static_cast<int>(slot_row.size(1));
 }
 
+std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& ids, int64_t experts) {
+  STD_TORCH_CHECK(ids.is_cuda(), "ids must be on a CUDA device");
+  STD_TORCH_CHECK(ids.dim() == 2 && ids.size(1) >= 1, "ids must be [tokens, experts per token], found ", text(ids));
+  const ScalarType type = ids.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "ids must be int32 or int64, found ",
+                  torch::headeronly::toString(type));
+  STD_TORCH_CHECK(ids.numel() <= INT_MAX, "ids must have fewer than 2^31 entries, found ", text(ids));
+  STD_TORCH_CHECK(experts >= 1, "num_experts must be at least 1, found ", experts);
+  STD_TORCH_CHECK(experts <= ROUTE_PLAN_EXPERTS, "num_experts must be at most ", ROUTE_PLAN_EXPERTS,
+                  " on a GPU, found ", experts);
+  const DeviceGuard guard(ids.get_device_index());
+  const Tensor slots = torch::stable::contiguous(ids);
+  Tensor offsets = new_empty(ids, {experts + 1}, ScalarType::Int);
+  Tensor row_slot = new_empty(ids, {ids.numel()}, ScalarType::Int);
+  Tensor slot_row = new_empty(ids, {ids.size(0), ids.size(1)}, ScalarType::Int);
+  Tensor counts = new_empty(ids, {route_plan_chunks(ids.numel()), experts}, ScalarType::Int);
+  RoutePlanParams p{};
+  p.ids = slots.const_data_ptr();
+  p.offsets = offsets.mutable_data_ptr<int32_t>();
+  p.row_slot = row_slot.mutable_data_ptr<int32_t>();
+  p.slot_row = slot_row.mutable_data_ptr<int32_t>();
+  p.counts = counts.mutable_data_ptr<int32_t>();
+  p.slots = static_cast<int>(ids.numel()), p.experts = static_cast<int>(experts);
+  p.wide_ids = type == ScalarType::Long;
+  check_launch(route_plan(p, current_stream(ids)));
+  return {offsets, row_slot, slot_row};
+}
+
 Tensor permute(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row) {
   check_matrix("x", x);
   check_indices("row_slot", row_slot, 1, x);
@@ -117,6 +145,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout, const Tensor& ro
 }  // namespace flashmoe
 
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
+  m.impl("route_plan", TORCH_BOX(&flashmoe::plan));
   m.impl("moe_permute", TORCH_BOX(&flashmoe::permute));
   m.impl("moe_combine", TORCH_BOX(&flashmoe::combine));
   m.impl("moe_combine_backward", TORCH_BOX(&flashmoe::combine_backward));

@@ -27,6 +27,7 @@ if torch.version.cuda and CUDA_LIBRARY.exists():
 COMPILED = frozenset(
     {
         "attention_forward",
+        "route_plan",
         "moe_forward",
         "moe_backward",
         "moe_permute",

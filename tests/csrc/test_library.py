@@ -72,6 +72,8 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
             "combine_backward_kernel",
             "finish_backward_kernel",
             "permute_kernel",
+            "count_kernel",
+            "place_kernel",
             "wgmma_kernel",
             "forward_kernel",
         )

@@ -1,6 +1,6 @@
 """`torch.ops.flashmoe.route_plan`: from the experts of each token to the rows that each expert computes.
 
-Runs on any device by PyTorch's own operations, without a host sync, until the device has a kernel.
+Runs on any device by PyTorch's own operations, without a host sync; on CUDA by a kernel.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,8 @@ class RoutePlan(NamedTuple):
 def route_plan(ids: Tensor, num_experts: int) -> RoutePlan:
     """Sorts the slots of `ids` `[T, K]` (int32 or int64) by expert, stably: within an expert by token, then by k.
 
-    Ids outside `0 <= id < num_experts` are skipped. Raises ValueError or TypeError that names the argument.
+    Ids outside `0 <= id < num_experts` are skipped. The CUDA kernel takes at most 8192 experts. Raises ValueError or
+    TypeError that names the argument.
     """
     return RoutePlan(*torch.ops.flashmoe.route_plan(ids, num_experts))
 
