@@ -17,6 +17,46 @@ namespace flashmoe {
 
 enum class DType { bfloat16, float16, float32, float64 };
 
+enum class ScoreFunction { softmax, sigmoid, topk_softmax };
+
+// The experts of each token and their weights, with statistics per sequence; flashmoe_train/ops/moe/router.py says which.
+constexpr int ROUTER_EXPERTS = 8192;  // at most: a token's scores have to fit into shared memory
+struct RouterParams {
+  const void* logits;    // [T, E]
+  const void* bias;      // [E] in float32 (float64 for float64 logits), or null
+  void* weights;         // [T, K] in float32 (float64)
+  int32_t* ids;          // [T, K]
+  void* score_sums;      // [sequences, E] in float32 (float64)
+  int32_t* counts;       // [sequences, E]
+  void* part_sums;       // [sequences, parts, E], workspace; the results themselves if there is one part
+  int32_t* part_counts;  // [sequences, parts, E], too
+  int64_t tokens, logits_stride, sequences;
+  int experts, slots;  // E, K
+  int groups, limited_groups;
+  int parts;  // router_parts(T, sequences, E)
+  double scale;
+  bool renormalize;
+  ScoreFunction function;
+  DType dtype;  // of the logits
+};
+int64_t router_parts(int64_t tokens, int64_t sequences, int64_t experts);
+cudaError_t router_topk(const RouterParams& params, cudaStream_t stream);
+
+struct RouterBackwardParams {
+  const void* dweights;     // [T, K] in float32 (float64)
+  const void* dscore_sums;  // [sequences, E] in float32 (float64), or null
+  const void* logits;       // [T, E]
+  const int32_t* ids;       // [T, K]
+  void* dlogits;            // [T, E], contiguous
+  int64_t tokens, logits_stride, sequences;
+  int experts, slots;  // E, K
+  double scale;
+  bool renormalize;
+  ScoreFunction function;
+  DType dtype;  // of logits and dlogits
+};
+cudaError_t router_topk_backward(const RouterBackwardParams& params, cudaStream_t stream);
+
 // The plan that the maps come from: offsets[e] ... offsets[e + 1] are the rows of expert e, in the order of their slots.
 // Slots with an id outside 0 <= id < E have no row; rows from offsets[E] on are nobody's.
 constexpr int ROUTE_PLAN_EXPERTS = 8192;  // at most: their counts have to fit into shared memory

@@ -1,6 +1,7 @@
 // The mixture-of-experts operators on CUDA: checks, allocation, registration. flashmoe_train/ops/moe has their schemas.
 #include <climits>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -25,10 +26,15 @@ DType dtype_of(const Tensor& x) {
   }
 }
 
+// The type of sums, weights and statistics behind x.
+ScalarType wide_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 void check_weights(const Tensor& weights, const Tensor& slot_row, const Tensor& rows) {
   STD_TORCH_CHECK(weights.dim() == 2 && weights.size(0) == slot_row.size(0) && weights.size(1) == slot_row.size(1),
                   "weights must be ", text(slot_row), ", found ", text(weights));
-  const ScalarType wanted = rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType wanted = wide_type(rows);
   STD_TORCH_CHECK(weights.scalar_type() == wanted, "weights must be ", torch::headeronly::toString(wanted), ", found ",
                   torch::headeronly::toString(weights.scalar_type()));
   check_device("weights", weights, rows);
@@ -41,7 +47,7 @@ int check_slots(const Tensor& slot_row) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& ids, int64_t experts) {
-  STD_TORCH_CHECK(ids.is_cuda(), "ids must be on a CUDA device");
+  STD_TORCH_CHECK(ids.is_cuda(), "ids must be on a CUDA device like the other tensors");
   STD_TORCH_CHECK(ids.dim() == 2 && ids.size(1) >= 1, "ids must be [tokens, experts per token], found ", text(ids));
   const ScalarType type = ids.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "ids must be int32 or int64, found ",
@@ -66,6 +72,107 @@ std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& ids, int64_t experts) {
   p.wide_ids = type == ScalarType::Long;
   check_launch(route_plan(p, current_stream(ids)));
   return {offsets, row_slot, slot_row};
+}
+
+ScoreFunction score_function_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "softmax" || name == "sigmoid" || name == "topk_softmax",
+                  "score_function must be one of ('softmax', 'sigmoid', 'topk_softmax'), found '", name, "'");
+  return name == "softmax"   ? ScoreFunction::softmax
+         : name == "sigmoid" ? ScoreFunction::sigmoid
+                             : ScoreFunction::topk_softmax;
+}
+
+void check_logits(const Tensor& logits, int64_t sequences) {
+  check_matrix("logits", logits);
+  STD_TORCH_CHECK(logits.size(1) <= ROUTER_EXPERTS, "logits must be of at most ", ROUTER_EXPERTS,
+                  " experts on a GPU, found ", text(logits));
+  STD_TORCH_CHECK(logits.size(0) <= INT_MAX, "logits must be of fewer than 2^31 tokens, found ", text(logits));
+  STD_TORCH_CHECK(sequences >= 1 && sequences <= INT_MAX && logits.size(0) % sequences == 0,
+                  "sequences must divide the ", logits.size(0), " tokens, found ", sequences);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> topk(const Tensor& logits, const std::optional<Tensor>& bias, int64_t top_k,
+                                                const std::string& score_function, bool renormalize, double scale,
+                                                int64_t groups, int64_t limited, int64_t sequences) {
+  check_logits(logits, sequences);
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == experts, "bias must be [experts] = [", experts, "], found ",
+                    text(*bias));
+    check_device("bias", *bias, logits);
+  }
+  STD_TORCH_CHECK(groups >= 1 && experts % groups == 0 && (groups == 1 || experts >= 2 * groups),
+                  "groups must divide the ", experts, " experts into groups of at least 2, found ", groups);
+  STD_TORCH_CHECK(limited >= 1 && limited <= groups, "limited_groups must be between 1 and groups = ", groups,
+                  ", found ", limited);
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= experts / groups * limited, "top_k must be between 1 and ",
+                  experts / groups * limited, ", found ", top_k);
+  const ScalarType wide = wide_type(logits);
+  const DeviceGuard guard(logits.get_device_index());
+  const Tensor added = bias ? torch::stable::contiguous(torch::stable::to(*bias, wide)) : Tensor();
+  Tensor weights = new_empty(logits, {tokens, top_k}, wide);
+  Tensor ids = new_empty(logits, {tokens, top_k}, ScalarType::Int);
+  Tensor score_sums = new_empty(logits, {sequences, experts}, wide);
+  Tensor counts = new_empty(logits, {sequences, experts}, ScalarType::Int);
+  const int64_t parts = router_parts(tokens, sequences, experts);
+  Tensor part_sums = parts == 1 ? score_sums : new_empty(logits, {sequences, parts, experts}, wide);
+  Tensor part_counts = parts == 1 ? counts : new_empty(logits, {sequences, parts, experts}, ScalarType::Int);
+  RouterParams p{};
+  p.logits = logits.const_data_ptr();
+  p.bias = bias ? added.const_data_ptr() : nullptr;
+  p.weights = weights.mutable_data_ptr();
+  p.ids = ids.mutable_data_ptr<int32_t>();
+  p.score_sums = score_sums.mutable_data_ptr();
+  p.counts = counts.mutable_data_ptr<int32_t>();
+  p.part_sums = part_sums.mutable_data_ptr();
+  p.part_counts = part_counts.mutable_data_ptr<int32_t>();
+  p.tokens = tokens, p.logits_stride = logits.stride(0), p.sequences = sequences;
+  p.experts = static_cast<int>(experts), p.slots = static_cast<int>(top_k);
+  p.groups = static_cast<int>(groups), p.limited_groups = static_cast<int>(limited);
+  p.parts = static_cast<int>(parts);
+  p.scale = scale, p.renormalize = renormalize, p.function = score_function_of(score_function);
+  p.dtype = dtype_of(logits);
+  check_launch(router_topk(p, current_stream(logits)));
+  return {weights, ids, score_sums, counts};
+}
+
+Tensor topk_backward(const Tensor& dweights, const std::optional<Tensor>& dscore_sums, const Tensor& logits,
+                     const Tensor& ids, const std::string& score_function, bool renormalize, double scale,
+                     int64_t sequences) {
+  check_logits(logits, sequences);
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  const ScalarType wide = wide_type(logits);
+  check_indices("ids", ids, 2, logits);
+  STD_TORCH_CHECK(ids.size(0) == tokens && ids.size(1) <= INT_MAX && (ids.numel() == 0 || experts > 0),
+                  "ids must have one row per token of logits, found ", text(ids), ", logits ", text(logits));
+  check_device("dweights", dweights, logits);
+  STD_TORCH_CHECK(dweights.dim() == 2 && dweights.size(0) == tokens && dweights.size(1) == ids.size(1) &&
+                      dweights.scalar_type() == wide,
+                  "dweights must be ", text(ids), " in ", torch::headeronly::toString(wide), ", found ",
+                  text(dweights), " ", torch::headeronly::toString(dweights.scalar_type()));
+  if (dscore_sums) {
+    check_device("dscore_sums", *dscore_sums, logits);
+    STD_TORCH_CHECK(dscore_sums->dim() == 2 && dscore_sums->size(0) == sequences && dscore_sums->size(1) == experts &&
+                        dscore_sums->scalar_type() == wide,
+                    "dscore_sums must be [", sequences, ", ", experts, "] in ", torch::headeronly::toString(wide),
+                    ", found ", text(*dscore_sums), " ", torch::headeronly::toString(dscore_sums->scalar_type()));
+  }
+  const DeviceGuard guard(logits.get_device_index());
+  const Tensor index = torch::stable::contiguous(ids), gradients = torch::stable::contiguous(dweights);
+  const Tensor sums = dscore_sums ? torch::stable::contiguous(*dscore_sums) : Tensor();
+  Tensor dlogits = new_empty(logits, {tokens, experts});
+  RouterBackwardParams p{};
+  p.dweights = gradients.const_data_ptr();
+  p.dscore_sums = dscore_sums ? sums.const_data_ptr() : nullptr;
+  p.logits = logits.const_data_ptr();
+  p.ids = index.const_data_ptr<int32_t>();
+  p.dlogits = dlogits.mutable_data_ptr();
+  p.tokens = tokens, p.logits_stride = logits.stride(0), p.sequences = sequences;
+  p.experts = static_cast<int>(experts), p.slots = static_cast<int>(ids.size(1));
+  p.scale = scale, p.renormalize = renormalize, p.function = score_function_of(score_function);
+  p.dtype = dtype_of(logits);
+  check_launch(router_topk_backward(p, current_stream(logits)));
+  return dlogits;
 }
 
 Tensor permute(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row) {
@@ -146,6 +253,8 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout, const Tensor& ro
 
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   m.impl("route_plan", TORCH_BOX(&flashmoe::plan));
+  m.impl("router_topk", TORCH_BOX(&flashmoe::topk));
+  m.impl("router_topk_backward", TORCH_BOX(&flashmoe::topk_backward));
   m.impl("moe_permute", TORCH_BOX(&flashmoe::permute));
   m.impl("moe_combine", TORCH_BOX(&flashmoe::combine));
   m.impl("moe_combine_backward", TORCH_BOX(&flashmoe::combine_backward));

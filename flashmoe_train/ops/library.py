@@ -27,6 +27,8 @@ if torch.version.cuda and CUDA_LIBRARY.exists():
 COMPILED = frozenset(
     {
         "attention_forward",
+        "router_topk",
+        "router_topk_backward",
         "route_plan",
         "moe_forward",
         "moe_backward",

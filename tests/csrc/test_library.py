@@ -74,6 +74,11 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
             "permute_kernel",
             "count_kernel",
             "place_kernel",
+            "router_kernel",
+            "router_in_memory_kernel",
+            "router_backward_kernel",
+            "router_backward_in_memory_kernel",
+            "sum_parts_kernel",
             "wgmma_kernel",
             "forward_kernel",
         )
@@ -158,6 +163,9 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
         "q = torch.ones(1, 4, 1, 64, dtype=torch.bfloat16)\n"
         "for op, arguments in (\n"
         "    (ops.attention_forward, (q, q, q, 1.0, -1, -1, None, None, False)),\n"
+        "    (ops.route_plan, (index, 3)),\n"
+        "    (ops.router_topk, (x, None, 2, 'softmax', False, 1.0, 1, 1, 1)),\n"
+        "    (ops.router_topk_backward, (x[:, :2], None, x, index, 'softmax', False, 1.0, 1)),\n"
         "    (ops.moe_permute, (x, index[0], index)),\n"
         "    (ops.moe_combine, (x, index, None)),\n"
         "    (ops.moe_combine_backward, (x, x, index, torch.ones(4, 2))),\n"
@@ -170,7 +178,8 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
     found = subprocess.run([sys.executable, "-c", program, built[0]], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines() == [
-        f"{name} must be on a CUDA device like the other tensors" for name in ("q", "x", "rows", "rows")
+        f"{name} must be on a CUDA device like the other tensors"
+        for name in ("q", "ids", "logits", "logits", "x", "rows", "rows")
     ]
 
 

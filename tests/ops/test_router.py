@@ -1,4 +1,4 @@
-"""`router_topk` against plain PyTorch, with gradients by autograd."""
+"""`router_topk` against plain PyTorch, with gradients by autograd: the reference on CPUs, the CUDA kernels on a GPU."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from flashmoe_train.ops.moe import router_topk
 
 from .operators import assert_opcheck
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CHOICES = [
     {},
     {"renormalize": True},
@@ -21,18 +22,18 @@ CHOICES = [
 ]
 
 
-def arguments(choice: dict, dtype: torch.dtype = torch.float64) -> tuple[Tensor, dict]:
-    logits = torch.randn(12, 16, dtype=dtype, requires_grad=True)
+def arguments(choice: dict, device: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, dict]:
+    logits = torch.randn(12, 16, dtype=dtype, device=device, requires_grad=True)
     keywords = dict(choice)
     if keywords.get("bias"):
-        keywords["bias"] = torch.randn(16)
+        keywords["bias"] = torch.randn(16, device=device)
     return logits, keywords
 
 
 def plain(logits: Tensor, top_k: int, keywords: dict) -> tuple[Tensor, Tensor, Tensor]:
     """(ids, weights, score sums) token by token, with Python's own sort."""
     function = keywords.get("score_function", "softmax")
-    bias = keywords.get("bias", torch.zeros(16))
+    bias = keywords.get("bias", torch.zeros(16, device=logits.device))
     groups, limited = keywords.get("groups", 1), keywords.get("limited_groups", 1)
     all_ids, all_weights, all_scores = [], [], []
     for row in logits:
@@ -49,12 +50,13 @@ def plain(logits: Tensor, top_k: int, keywords: dict) -> tuple[Tensor, Tensor, T
         all_weights.append(weights * keywords.get("scale", 1.0))
         all_scores.append(scores)
     sums = torch.stack(all_scores).view(keywords.get("sequences", 1), -1, 16).sum(1)
-    return torch.tensor(all_ids), torch.stack(all_weights), sums
+    return torch.tensor(all_ids, device=logits.device), torch.stack(all_weights), sums
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_equals_plain(choice: dict) -> None:
-    logits, keywords = arguments(choice)
+def test_equals_plain(choice: dict, device: str) -> None:
+    logits, keywords = arguments(choice, device)
     routing = router_topk(logits, 3, **keywords)
     ids, weights, sums = plain(logits, 3, keywords)
     assert routing.ids.tolist() == ids.tolist()
@@ -69,21 +71,24 @@ def test_equals_plain(choice: dict) -> None:
     torch.testing.assert_close(found, wanted)
 
 
-def test_ties_go_to_the_lowest_id() -> None:
-    assert router_topk(torch.zeros(2, 8), 3).ids.tolist() == [[0, 1, 2], [0, 1, 2]]
+@pytest.mark.parametrize("device", DEVICES)
+def test_ties_go_to_the_lowest_id(device: str) -> None:
+    assert router_topk(torch.zeros(2, 8, device=device), 3).ids.tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
-def test_low_precision_logits_give_float32_weights() -> None:
-    logits = torch.randn(5, 8).bfloat16().requires_grad_()
+@pytest.mark.parametrize("device", DEVICES)
+def test_low_precision_logits_give_float32_weights(device: str) -> None:
+    logits = torch.randn(5, 8, device=device).bfloat16().requires_grad_()
     routing = router_topk(logits, 2)
     assert routing.weights.dtype == routing.score_sums.dtype == torch.float32
     routing.weights.sum().backward()
     assert logits.grad is not None and logits.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_opcheck(choice: dict) -> None:
-    logits, keywords = arguments(choice, torch.float32)
+def test_opcheck(choice: dict, device: str) -> None:
+    logits, keywords = arguments(choice, device, torch.float32)
     values = (
         keywords.get("score_function", "softmax"),
         keywords.get("renormalize", False),
@@ -92,10 +97,12 @@ def test_opcheck(choice: dict) -> None:
     rest = (keywords.get("groups", 1), keywords.get("limited_groups", 1), keywords.get("sequences", 1))
     assert_opcheck(torch.ops.flashmoe.router_topk.default, (logits, keywords.get("bias"), 3, *values, *rest))
     routing = router_topk(logits.detach(), 3, **keywords)
-    backward = (torch.randn(12, 3), torch.randn(rest[2], 16), logits.detach(), routing.ids, *values, rest[2])
+    gradients = torch.randn(12, 3, device=device), torch.randn(rest[2], 16, device=device)
+    backward = (*gradients, logits.detach(), routing.ids, *values, rest[2])
     assert_opcheck(torch.ops.flashmoe.router_topk_backward.default, backward)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "logits, keywords, text",
     [
@@ -111,6 +118,7 @@ def test_opcheck(choice: dict) -> None:
         (torch.zeros(4, 8), {"score_function": "relu"}, "score_function must be one of"),
     ],
 )
-def test_wrong_argument(logits: Tensor, keywords: dict, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        router_topk(logits, **{"top_k": 2, **keywords})
+def test_wrong_argument(logits: Tensor, keywords: dict, text: str, device: str) -> None:
+    keywords = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in keywords.items()}
+    with pytest.raises((ValueError, RuntimeError), match=text):
+        router_topk(logits.to(device), **{"top_k": 2, **keywords})

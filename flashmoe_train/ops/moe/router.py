@@ -5,7 +5,7 @@
             two best choices have the largest sum (DeepSeek-V3, arXiv:2412.19437)
     weight  the score of the choice, without the bias; divided by the token's sum if `renormalize`; times `scale`
 
-Runs on any device by PyTorch's own operations, in float32, until the device has a kernel.
+In float32 (float64 for float64 logits). Runs on any device by PyTorch's own operations, on CUDA by a kernel.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -57,7 +57,8 @@ def router_topk(
     """Chooses `top_k` experts for each token.
 
     Args:
-        logits: `[T, E]`, floating point.
+        logits: `[T, E]`, floating point. The CUDA kernels take at most 8192 experts; up to 512 experts and a top_k of
+            32 are fast.
         top_k: K, at most E (with groups: at most the experts of `limited_groups` groups).
         bias: `[E]`, added to the scores for the choice only (balancing without a loss, arXiv:2408.15664).
         score_function, renormalize, scale: see the module.
