@@ -15,7 +15,7 @@ _DEVICES = {
     "Hopper GPU, float32": ("cuda", HOPPER, (torch.float32,)),
     "other GPU from Ampere on": ("cuda", _AMPERE, (torch.float32, torch.bfloat16, torch.float16)),
 }
-_STEPS = ("router_topk", "route_plan", "moe_permute", "moe_combine")  # without a case that could be refused
+_STEPS = ("router_topk", "route_plan", "moe_permute", "moe_glu", "moe_combine")  # without a case that could be refused
 
 
 def reasons(

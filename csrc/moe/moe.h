@@ -113,4 +113,30 @@ struct CombineBackwardParams {
 };
 cudaError_t moe_combine_backward(const CombineBackwardParams& params, cudaStream_t stream);
 
+// out = silu(gate) * up * row_weight in float32 (float64), rounded once; zero in rows from *used on, which are not read.
+struct GluParams {
+  const void* gate;        // [R, n]
+  const void* up;          // [R, n]
+  const int32_t* used;     // how many rows belong to somebody: offsets[E]
+  const void* row_weight;  // [R] in float32 (float64 for float64 rows), or null: all one
+  void* out;               // [R, n], contiguous
+  int64_t row_count, dim, gate_stride, up_stride;
+  DType dtype;  // of gate, up and out
+};
+cudaError_t moe_glu(const GluParams& params, cudaStream_t stream);
+
+struct GluBackwardParams {
+  const void* dout;        // [R, n]
+  const void* gate;        // [R, n]
+  const void* up;          // [R, n]
+  const int32_t* used;     // as above
+  const void* row_weight;  // [R], or null
+  void* dgate;             // [R, n], contiguous
+  void* dup;               // [R, n], contiguous
+  void* drow_weight;       // [R], written if there is a row_weight
+  int64_t row_count, dim, dout_stride, gate_stride, up_stride;
+  DType dtype;  // of all but the weights
+};
+cudaError_t moe_glu_backward(const GluBackwardParams& params, cudaStream_t stream);
+
 }  // namespace flashmoe

@@ -248,6 +248,76 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout, const Tensor& ro
   return {drows, dweights};
 }
 
+// Of x, which must be as gate is.
+void check_like_gate(const char* name, const Tensor& x, const Tensor& gate) {
+  check_matrix(name, x);
+  check_device(name, x, gate);
+  STD_TORCH_CHECK(x.size(0) == gate.size(0) && x.size(1) == gate.size(1) && x.scalar_type() == gate.scalar_type(), name,
+                  " must be ", text(gate), " in the dtype of gate, ", torch::headeronly::toString(gate.scalar_type()),
+                  ", found ", text(x), " ", torch::headeronly::toString(x.scalar_type()));
+}
+
+void check_glu(const Tensor& gate, const Tensor& up, const Tensor& offsets, const std::optional<Tensor>& row_weight) {
+  check_matrix("gate", gate);
+  check_like_gate("up", up, gate);
+  check_indices("offsets", offsets, 1, gate);
+  STD_TORCH_CHECK(offsets.size(0) >= 1, "offsets must be [experts + 1], found ", text(offsets));
+  if (!row_weight) return;
+  STD_TORCH_CHECK(row_weight->dim() == 1 && row_weight->size(0) == gate.size(0), "row_weight must be [", gate.size(0),
+                  "], found ", text(*row_weight));
+  STD_TORCH_CHECK(row_weight->scalar_type() == wide_type(gate), "row_weight must be ",
+                  torch::headeronly::toString(wide_type(gate)), ", found ",
+                  torch::headeronly::toString(row_weight->scalar_type()));
+  check_device("row_weight", *row_weight, gate);
+}
+
+// The address of offsets[E].
+const int32_t* used_rows(const Tensor& offsets) {
+  return offsets.const_data_ptr<int32_t>() + (offsets.size(0) - 1) * offsets.stride(0);
+}
+
+Tensor glu(const Tensor& gate, const Tensor& up, const Tensor& offsets, const std::optional<Tensor>& row_weight) {
+  check_glu(gate, up, offsets, row_weight);
+  const DeviceGuard guard(gate.get_device_index());
+  const Tensor factors = row_weight ? torch::stable::contiguous(*row_weight) : Tensor();
+  Tensor out = new_empty(gate, {gate.size(0), gate.size(1)});
+  GluParams p{};
+  p.gate = gate.const_data_ptr();
+  p.up = up.const_data_ptr();
+  p.used = used_rows(offsets);
+  p.row_weight = row_weight ? factors.const_data_ptr() : nullptr;
+  p.out = out.mutable_data_ptr();
+  p.row_count = gate.size(0), p.dim = gate.size(1), p.gate_stride = gate.stride(0), p.up_stride = up.stride(0);
+  p.dtype = dtype_of(gate);
+  check_launch(moe_glu(p, current_stream(gate)));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> glu_backward(const Tensor& dout, const Tensor& gate, const Tensor& up,
+                                                const Tensor& offsets, const std::optional<Tensor>& row_weight) {
+  check_glu(gate, up, offsets, row_weight);
+  check_like_gate("dout", dout, gate);
+  const DeviceGuard guard(gate.get_device_index());
+  const Tensor factors = row_weight ? torch::stable::contiguous(*row_weight) : Tensor();
+  Tensor dgate = new_empty(gate, {gate.size(0), gate.size(1)});
+  Tensor dup = new_empty(gate, {gate.size(0), gate.size(1)});
+  Tensor drow_weight = new_empty(gate, {row_weight ? gate.size(0) : 0}, wide_type(gate));
+  GluBackwardParams p{};
+  p.dout = dout.const_data_ptr();
+  p.gate = gate.const_data_ptr();
+  p.up = up.const_data_ptr();
+  p.used = used_rows(offsets);
+  p.row_weight = row_weight ? factors.const_data_ptr() : nullptr;
+  p.dgate = dgate.mutable_data_ptr();
+  p.dup = dup.mutable_data_ptr();
+  p.drow_weight = drow_weight.mutable_data_ptr();
+  p.row_count = gate.size(0), p.dim = gate.size(1);
+  p.dout_stride = dout.stride(0), p.gate_stride = gate.stride(0), p.up_stride = up.stride(0);
+  p.dtype = dtype_of(gate);
+  check_launch(moe_glu_backward(p, current_stream(gate)));
+  return {dgate, dup, drow_weight};
+}
+
 }  // namespace
 }  // namespace flashmoe
 
@@ -255,6 +325,8 @@ STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   m.impl("route_plan", TORCH_BOX(&flashmoe::plan));
   m.impl("router_topk", TORCH_BOX(&flashmoe::topk));
   m.impl("router_topk_backward", TORCH_BOX(&flashmoe::topk_backward));
+  m.impl("moe_glu", TORCH_BOX(&flashmoe::glu));
+  m.impl("moe_glu_backward", TORCH_BOX(&flashmoe::glu_backward));
   m.impl("moe_permute", TORCH_BOX(&flashmoe::permute));
   m.impl("moe_combine", TORCH_BOX(&flashmoe::combine));
   m.impl("moe_combine_backward", TORCH_BOX(&flashmoe::combine_backward));

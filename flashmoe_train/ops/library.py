@@ -32,6 +32,8 @@ COMPILED = frozenset(
         "route_plan",
         "moe_forward",
         "moe_backward",
+        "moe_glu",
+        "moe_glu_backward",
         "moe_permute",
         "moe_combine",
         "moe_combine_backward",

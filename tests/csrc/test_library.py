@@ -79,6 +79,8 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
             "router_backward_kernel",
             "router_backward_in_memory_kernel",
             "sum_parts_kernel",
+            "glu_kernel",
+            "glu_backward_kernel",
             "wgmma_kernel",
             "forward_kernel",
         )
@@ -166,6 +168,8 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
         "    (ops.route_plan, (index, 3)),\n"
         "    (ops.router_topk, (x, None, 2, 'softmax', False, 1.0, 1, 1, 1)),\n"
         "    (ops.router_topk_backward, (x[:, :2], None, x, index, 'softmax', False, 1.0, 1)),\n"
+        "    (ops.moe_glu, (x, x, index[0], None)),\n"
+        "    (ops.moe_glu_backward, (x, x, x, index[0], None)),\n"
         "    (ops.moe_permute, (x, index[0], index)),\n"
         "    (ops.moe_combine, (x, index, None)),\n"
         "    (ops.moe_combine_backward, (x, x, index, torch.ones(4, 2))),\n"
@@ -179,7 +183,7 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines() == [
         f"{name} must be on a CUDA device like the other tensors"
-        for name in ("q", "ids", "logits", "logits", "x", "rows", "rows")
+        for name in ("q", "ids", "logits", "logits", "gate", "gate", "x", "rows", "rows")
     ]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flashmoe_train import attention, moe
 from flashmoe_train.ops.moe import moe_combine, router_topk
+from flashmoe_train.ops.moe.glu import moe_glu
 
 IDS = torch.arange(6, dtype=torch.int32).view(3, 2)
 
@@ -19,6 +20,10 @@ GRADIENTS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         [(3, 8), (6, 4, 8), (6, 8, 4), (6, 4, 8), (3, 2)],
     ),
     "moe_combine_backward": (lambda rows, weights: moe_combine(rows, IDS.to(rows.device), weights), [(6, 8), (3, 2)]),
+    "moe_glu_backward": (
+        lambda gate, up, weight: moe_glu(gate, up, torch.tensor([0, 6], dtype=torch.int32, device=gate.device), weight),
+        [(6, 8), (6, 8), (6,)],
+    ),
     "router_topk_backward": (lambda logits: router_topk(logits, 2).weights, [(3, 6)]),
 }
 
@@ -33,6 +38,7 @@ def test_every_gradient_is_listed() -> None:
     [
         *(("cpu", op) for op in GRADIENTS),
         pytest.param("cuda", "moe_combine_backward", marks=pytest.mark.gpu),
+        pytest.param("cuda", "moe_glu_backward", marks=pytest.mark.gpu),
         pytest.param("cuda", "router_topk_backward", marks=pytest.mark.gpu),
     ],
 )

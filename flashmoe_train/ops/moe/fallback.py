@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashmoe_train.ops.moe.checks import check
+from flashmoe_train.ops.moe.glu import moe_glu
 from flashmoe_train.ops.moe.plan import RoutePlan
 from flashmoe_train.ops.moe.rows import moe_combine, moe_permute
 
@@ -28,24 +29,19 @@ def moe(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weights: Tensor, plan: Ro
 def moe_rows(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
     """`flashmoe_train.ops.moe.moe_rows`."""
     check(rows, w1, w2, w3, weights, offsets, None, None, "activation")
-    return _experts(rows, w1, w2, w3, offsets, weights)
+    # Both masks are for the caller: the first of the gradient of rows, the second of the result and of its gradient.
+    belongs = (torch.arange(rows.shape[0], device=rows.device) < offsets[-1])[:, None]
+    return torch.where(belongs, _experts(torch.where(belongs, rows, 0), w1, w2, w3, offsets, weights), 0)
 
 
 def _experts(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offsets: Tensor, row_weight: Tensor | None) -> Tensor:
-    # grouped_mm leaves rows that belong to nobody unwritten, in gradients too: each product is masked.
-    belongs = (torch.arange(rows.shape[0], device=rows.device) < offsets[-1])[:, None]
+    """Leaves rows that belong to nobody unwritten, in the gradient of rows too, as grouped_mm does; nor does it read
+    them. So do permute and combine; between the products moe_glu writes zeros there."""
     ends = offsets[1:]
     dim = rows.shape[1]
     rows, w1, w2, w3 = _aligned(rows, w1, w2, w3)
-
-    def product(a: Tensor, w: Tensor) -> Tensor:
-        return torch.where(belongs, F.grouped_mm(a, w.transpose(1, 2), offs=ends), 0)
-
-    rows = torch.where(belongs, rows, 0)
-    activation = F.silu(product(rows, w1)) * product(rows, w3)
-    if row_weight is not None:
-        activation = (activation * torch.where(belongs, row_weight[:, None], 0)).to(rows.dtype)
-    return product(activation, w2)[:, :dim]
+    gate, up = (F.grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (w1, w3))
+    return F.grouped_mm(moe_glu(gate, up, offsets, row_weight), w2.transpose(1, 2), offs=ends)[:, :dim]
 
 
 def _aligned(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
