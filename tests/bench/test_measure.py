@@ -144,7 +144,11 @@ def _swapped_rows(plan: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     [
         ("route_plan", "route_plan", _swapped_rows),
         ("route_plan", "route_plan", lambda plan: (plan[0] + 1, *plan[1:])),
+        ("router_topk", "router_topk", lambda found: (found[0] * 1.01, *found[1:])),
+        ("router_topk", "router_topk", lambda found: (found[0], found[1].flip(0), *found[2:])),
+        ("router_topk", "router_topk", lambda found: (*found[:3], found[3] + 1)),
         ("moe_permute", "moe_permute", lambda rows: rows.flip(0)),
+        ("moe_glu", "moe_glu", lambda out: out * 1.02),
         ("moe_combine", "moe_combine", lambda out: out * 1.02),
         ("moe_combine_unweighted", "moe_combine", lambda out: out * math.nan),
     ],
@@ -152,7 +156,7 @@ def _swapped_rows(plan: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def test_wrong_part_is_not_timed(op: str, function: str, change, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Broken(getattr(moe_parts, function), change)
     monkeypatch.setattr(moe_parts, function, broken)
-    row = PARTS.measure(moe_parts.Case(op, "small", 40, 24, 6, 3), stopwatch())
+    row = PARTS.measure(moe_parts.Case(op, "small", 40, 24, 6, 3, 16), stopwatch())
     assert "relative error" in row.failed["flashmoe"] and "flashmoe" not in row.ms and broken.runs == 1
     assert row.baselines  # the others are timed all the same
 
