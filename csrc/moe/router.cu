@@ -49,6 +49,15 @@ __device__ Sum warp_sum(Sum x) {  // the same tree whatever the launch
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
   return x;
 }
+// Of `lanes` neighbours, a power of two.
+__device__ float sum_of(int lanes, float x) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
+  return x;
+}
+__device__ float max_of(int lanes, float x) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) x = max(x, __shfl_xor_sync(ALL, x, distance));
+  return x;
+}
 __device__ float warp_max(float x) { return number(__reduce_max_sync(ALL, key_of(x))); }
 __device__ double warp_max(double x) {
   for (int distance = 16; distance > 0; distance /= 2) x = fmax(x, __shfl_xor_sync(ALL, x, distance));
@@ -206,14 +215,14 @@ struct Lists {
     for (int list = 1; list < COUNT; ++list) best = max(best, key[list * LENGTH]);
     const int most = __reduce_max_sync(ALL, best);
     const int owner = __ffs(__ballot_sync(ALL, best == most)) - 1;
-    uint32_t place = 0;
+    uint32_t place = order[0] & 0xff;
     bool open = int(threadIdx.x) == owner;
 #pragma unroll
     for (int list = 0; list < COUNT; ++list) {
       int* entry = key + list * LENGTH;
-      if (!open || entry[0] != most) continue;
+      if (!open || (COUNT > 1 && entry[0] != most)) continue;
       open = false;
-      place = order[list] & 0xff;
+      if (list > 0) place = order[list] & 0xff;
       order[list] >>= 8;
 #pragma unroll
       for (int i = 1; i < LENGTH; ++i) entry[i - 1] = entry[i];
@@ -238,38 +247,48 @@ __global__ void __launch_bounds__(256, V <= 4 ? 4 : V == 8 ? 3 : 2) router_kerne
     const bool biased = p.bias && lane * V + i < p.experts;
     bias[i] = biased ? static_cast<const float*>(p.bias)[lane * V + i] : 0;
   }
-  for (int64_t token = part.begin + warp; token < part.end; token += 8) {
-    const T* logits = static_cast<const T*>(p.logits) + token * p.logits_stride;
-    float scores[V];
-    load<T, V>(scores, logits, p.experts, vector);
-    const Score<float> score = score_all<V>(scores, p.function == ScoreFunction::sigmoid);
-
-    // The choice: lane k gets the token's slot k.
-    Lists<V> lists;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      sums[i] += scores[i];
-      lists.key[i] = lane * V + i < p.experts ? key_of(scores[i] + bias[i]) : TAKEN<int>;
-    }
-    if (p.groups > 1) close_groups<V>(p, lists.key);
-    lists.sort();
+  // The weights are computed of several tokens at a time, as many as the lanes have slots for: slot k of token j of such a
+  // batch is lane j * span + k.
+  int span = 1;
+  while (span < p.slots) span *= 2;
+  const int own_slot = lane % span, own_token = lane / span;
+  for (int64_t first = part.begin + warp; first < part.end; first += 8 * (32 / span)) {
     int id = 0;
-    for (int k = 0; k < p.slots; ++k) {
-      const int taken = lists.take();
-      if (lane == k) id = taken;
+    Score<float> own_score{};
+    for (int j = 0; j < 32 / span && first + 8 * j < part.end; ++j) {
+      float scores[V];
+      const T* logits = static_cast<const T*>(p.logits) + (first + 8 * j) * p.logits_stride;
+      load<T, V>(scores, logits, p.experts, vector);
+      const Score<float> score = score_all<V>(scores, p.function == ScoreFunction::sigmoid);
+      if (own_token == j) own_score = score;
+      Lists<V> lists;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        sums[i] += scores[i];
+        lists.key[i] = lane * V + i < p.experts ? key_of(scores[i] + bias[i]) : TAKEN<int>;
+      }
+      if (p.groups > 1) close_groups<V>(p, lists.key);
+      lists.sort();
+      for (int k = 0; k < p.slots; ++k) {
+        const int taken = lists.take();
+        if (lane == j * span + k) id = taken;
+      }
     }
 
-    // Its weights, from the logits, which are in the cache: of the scores this lane has others.
-    const bool own = lane < p.slots;
-    const float logit = own ? static_cast<float>(logits[id]) : -INFINITY;
-    const auto chosen = p.function == ScoreFunction::topk_softmax
-                            ? softmax<float>(p.slots, [&](int) { return logit; })
-                            : score;
-    float weight = own ? chosen(logit) : 0;
-    if (p.renormalize) weight /= warp_sum(weight) + float(EPSILON);
+    // From the logits, which are in the cache: the scores are other lanes'.
+    const int64_t token = first + 8 * own_token;
+    const bool own = own_slot < p.slots && token < part.end;
+    float logit = -INFINITY;
+    if (own) logit = static_cast<float>(static_cast<const T*>(p.logits)[token * p.logits_stride + id]);
+    if (p.function == ScoreFunction::topk_softmax) {
+      const float most = max_of(span, logit);
+      own_score = {false, most, 1 / sum_of(span, std::exp(logit - most))};
+    }
+    float weight = own ? own_score(logit) : 0;
+    if (p.renormalize) weight /= sum_of(span, weight) + float(EPSILON);
     if (own) {
-      static_cast<float*>(p.weights)[token * p.slots + lane] = weight * float(p.scale);
-      p.ids[token * p.slots + lane] = id;
+      static_cast<float*>(p.weights)[token * p.slots + own_slot] = weight * float(p.scale);
+      p.ids[token * p.slots + own_slot] = id;
       atomicAdd(&block_counts[id], 1);
     }
   }
