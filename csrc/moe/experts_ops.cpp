@@ -193,8 +193,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   {
     const Tensor dy = layer.rows_of(dout, stream);
     Tensor a = layer.matrix_of(e.hidden);
+    const Tensor parts = new_empty(x, {e.rows, moe_down_backward_parts(e)}, ScalarType::Float);
     check_launch(moe_down_backward({e, claimed, matrix(dy), weights_of(layer.w2), matrix(readable_h), layer.row_weights(), matrix(dh),
-                                    matrix(a), weights ? dweights.mutable_data_ptr<float>() : nullptr},
+                                    matrix(a), parts.mutable_data_ptr<float>(), weights ? dweights.mutable_data_ptr<float>() : nullptr},
                                    stream));
     check_launch(moe_weight_gradient_down({e, claimed + 1, matrix(dy), matrix(a), dw2.mutable_data_ptr()}, stream));
   }

@@ -161,14 +161,13 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], Shared<T, Tile>& sha
   if (steps > 0 && speaks) shared.ring.release(previous);
 }
 
-// 64 columns of a warpgroup's results, packed, to memory by TMA: `put(slab)` by one thread. While a slab leaves, the next one
-// is written, or the next tile computed.
-template <typename T, typename Tile, typename Put>
-__device__ __forceinline__ void send(const uint32_t (&pairs)[16], Shared<T, Tile>& shared, int warpgroup, int& slab, Put put) {
+// 64 columns of a warpgroup's results, packed, into one of its slabs; and from there to memory by TMA: `put` by one thread.
+// While a slab leaves, the next one is written, or the next tile computed. Each staging is followed by one sending.
+template <typename T, typename Tile>
+__device__ __forceinline__ T* stage(const uint32_t (&pairs)[16], Shared<T, Tile>& shared, int warpgroup, int& slab) {
   T* const results = shared.results[warpgroup][slab];
   slab = (slab + 1) % SLABS;
-  const bool speaks = threadIdx.x % 128 == 0;
-  if (speaks) tma_wait_read<SLABS - 1>();
+  if (threadIdx.x % 128 == 0) tma_wait_read<SLABS - 1>();
   barrier_sync(WARPGROUP + warpgroup, 128);
   const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
 #pragma unroll
@@ -177,26 +176,20 @@ __device__ __forceinline__ void send(const uint32_t (&pairs)[16], Shared<T, Tile
              pairs[i + 3]);
   fence_proxy_async();
   barrier_sync(WARPGROUP + warpgroup, 128);
-  if (speaks) {
-    put(results);
-    tma_commit();
-  }
+  return results;
+}
+template <typename Put>
+__device__ __forceinline__ void send(Put put) {
+  if (threadIdx.x % 128 > 0) return;
+  put();
+  tma_commit();
 }
 
-// The sums from `first` on, packed as `send` wants them.
+// The sums from `first` on, packed as `stage` wants them.
 template <typename T>
 __device__ __forceinline__ void pack_columns(const float (&d)[COUNT], int first, uint32_t (&pairs)[16]) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) pairs[i] = pack<T>(d[first + 2 * i], d[first + 2 * i + 1]);
-}
-
-// Of 32 columns of sums in row r (0 or 1) of the two that a thread has, eight neighbours in T.
-template <typename T>
-__device__ __forceinline__ uint4 eight_of(const float* sums, int r) {
-  uint32_t pairs[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = pack<T>(sums[4 * i + 2 * r], sums[4 * i + 2 * r + 1]);
-  return quad_transpose(pairs);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- host

@@ -1,36 +1,51 @@
 // The experts' products: each row times the weights of its expert.
 //
-//   moe_up            [gate, up] = x [w1, w3]T, and their activation    the epilogue is SwiGLU
-//   moe_down          y = a w2T
-//   moe_down_backward da = dy w2, then the gradient of SwiGLU
-//   moe_up_backward   dx = dgate w1 + dup w3                            one sum over both
+//   moe_up             [gate, up] = x [w1, w3]T     then SwiGLU of them
+//   moe_down           y = a w2T
+//   moe_down_backward  da = dy w2                   then SwiGLU's gradient
+//   moe_up_backward    dx = dgate w1 + dup w3       one sum over both
 //
 // One thread loads stages, two warpgroups multiply; a block takes tiles until there are none. The expert is a coordinate of
-// the weights' tensor map. Results go to memory by TMA, 64 rows at a time; where some of those are the next expert's, from
-// registers, row by row.
+// the weights' tensor map. Results go to memory by TMA, 64 rows at a time; where some of those are the next expert's, by
+// ordinary stores.
 #include "moe/activation.cuh"
 #include "moe/grouped.cuh"
-#include "moe/rows.cuh"
 
 namespace flashmoe {
 namespace {
 
 // --------------------------------------------------------------------------------------------------------------- tiles
 
+enum class Product { up, down, down_backward, up_backward };
+
+template <Product P>
+constexpr Major WEIGHTS_MAJOR = P == Product::up || P == Product::down ? K_MAJOR : MN_MAJOR;
+
+// Columns of the result in a tile: of gate, and as many of up.
+template <Product P>
+constexpr int WIDTH = P == Product::up ? TILE_COLUMNS / 2 : TILE_COLUMNS;
+
+// [rows, parts of `width` columns]. In the map parts are a dimension of their own, so that copies end where a part does.
+struct Output {
+  CUtensorMap map;  // columns, parts, rows: 64 x 1 x 64
+  void* data;
+  int64_t stride;
+  int width;
+};
+
 // What a kernel is given.
 struct Work {
   CUtensorMap a;       // rows, of whose columns there may be two parts
   CUtensorMap b0, b1;  // weights: of the two parts, or of the two halves of a tile's columns
-  CUtensorMap out_map, activation_map;
+  Output out, activation, h;
   const int32_t* offsets;
   int32_t* claimed;
   RowWeights weights;
-  void *out, *activation;
-  int64_t out_stride, activation_stride;
-  int experts, rows, width;  // width: columns of the result; of gate alone
-  int columns;               // tiles that cover them
-  int steps, first_steps;    // stages of a tile; of a's first part
-  int second_column;         // where a's second part begins
+  float* parts;            // [rows, columns]: of the weights' gradients
+  int experts, rows;
+  int columns;             // tiles that cover a part of the result
+  int steps, first_steps;  // stages of a tile; of a's first part
+  int second_column;       // where a's second part begins
 };
 
 struct Tile {
@@ -61,20 +76,23 @@ struct Walk {
 
 // ------------------------------------------------------------------------------------------------------------ producer
 
-// One thread. GLU: the tile's columns are 128 of gate and the same 128 of up.
-template <typename T, Major B_MAJOR, bool GLU>
+// One thread.
+template <typename T, Product P>
 __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
   Walk walk{w};
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
+    if constexpr (P == Product::down_backward)  // h is wanted at the tile's end
+      if (k < TILE_ROWS / 64 * TILE_COLUMNS / 64)
+        for (int part = 0; part < 2; ++part)
+          tma_prefetch(&w.h.map, tile.column * TILE_COLUMNS + k / 2 * 64, part, tile.row + k % 2 * 64);
     const bool first = k < w.first_steps;
     const int depth = first ? k * DEPTH : (k - w.first_steps) * DEPTH;
     tma_load(shared.a[stage], &w.a, full, Keep::normal, (first ? 0 : w.second_column) + depth, tile.row);
     T* const b = shared.b[stage];
-    if constexpr (B_MAJOR == K_MAJOR) {
-      const int column = tile.column * (GLU ? TILE_COLUMNS / 2 : TILE_COLUMNS);
+    if constexpr (WEIGHTS_MAJOR<P> == K_MAJOR) {  // two halves: gate and up, or neighbours
+      const int column = tile.column * WIDTH<P>, second = P == Product::up ? column : column + TILE_COLUMNS / 2;
       tma_load(b, &w.b0, full, Keep::normal, depth, column, tile.expert);
-      tma_load(b + TILE_COLUMNS / 2 * DEPTH, &w.b1, full, Keep::normal, depth, GLU ? column : column + TILE_COLUMNS / 2,
-               tile.expert);
+      tma_load(b + TILE_COLUMNS / 2 * DEPTH, &w.b1, full, Keep::normal, depth, second, tile.expert);
     } else {
 #pragma unroll
       for (int i = 0; i < TILE_COLUMNS; i += 64)
@@ -87,34 +105,20 @@ __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
 
 // ----------------------------------------------------------------------------------------------------------- consumers
 
-// A warpgroup's 64 rows, all of them the expert's.
+// 64 columns of a warpgroup's results, packed, to memory; of its rows `left` are the expert's.
 template <typename T>
-__device__ __forceinline__ void send_rows(const Work& w, const float (&d)[COUNT], const Tile& tile, Shared<T, Tile>& shared,
-                                          int warpgroup, int& slab) {
-#pragma unroll
-  for (int i = 0; i < COUNT; i += 32) {  // 64 columns
-    uint32_t pairs[16];
-    pack_columns<T>(d, i, pairs);
-    const int column = tile.column * TILE_COLUMNS + 2 * i;
-    if (column < w.width)
-      send(pairs, shared, warpgroup, slab,
-           [&](const T* results) { tma_store(&w.out_map, results, column, tile.row + warpgroup * 64); });
-  }
-}
-
-// The two rows of this thread, of which `left` says how many there are.
-template <typename T>
-__device__ __forceinline__ void store_rows(const Work& w, const float (&d)[COUNT], const Tile& tile, int row, int left) {
-  const int column = tile.column * TILE_COLUMNS + threadIdx.x % 4 * 8;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    T* const out = static_cast<T*>(w.out) + (tile.row + row + 8 * r) * w.out_stride + column;
-#pragma unroll
-    for (int j = 0; j < COUNT; j += 16) {  // 32 columns
-      const uint4 eight = eight_of<T>(d + j, r);
-      if (8 * r < left && column + 2 * j < w.width) *reinterpret_cast<uint4*>(out + 2 * j) = eight;
-    }
-  }
+__device__ __forceinline__ void emit(const Output& to, const uint32_t (&pairs)[16], Shared<T, Tile>& shared, int warpgroup,
+                                     int& slab, int column, int part, int row, int left) {
+  if (column >= to.width) return;
+  const T* const results = stage(pairs, shared, warpgroup, slab);
+  send([&] {
+    if (left >= 64) tma_store(&to.map, results, column, part, row);
+  });
+  if (left >= 64) return;
+  const int chunk = threadIdx.x % 8 * 8;  // 16 bytes
+  for (int i = threadIdx.x % 128 / 8; i < left && column + chunk < to.width; i += 16)
+    *reinterpret_cast<uint4*>(static_cast<T*>(to.data) + (row + i) * to.stride + part * to.width + column + chunk) =
+        *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(results) + tile_offset(64, i, chunk));
 }
 
 template <typename T>
@@ -129,139 +133,165 @@ __device__ __forceinline__ float weight_of(const RowWeights& w, int row) {
   return slot < 0 ? 0 : w.weights[slot];
 }
 
-// Of packed neighbours of gate and up.
-template <typename T>
-__device__ __forceinline__ uint32_t activation_of(uint32_t gate, uint32_t up, float weight) {
-  const float2 g = unpack<T>(gate), u = unpack<T>(up);
-  return pack<T>(swiglu(g.x, u.x) * weight, swiglu(g.y, u.y) * weight);
-}
+// Of this thread's two rows.
+struct Weights2 {
+  float of[2] = {0, 0};
+
+  __device__ __forceinline__ Weights2(const RowWeights& w, int row, int left) {
+    const int own = fragment_row(threadIdx.x % 128);
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (own + 8 * r < left) of[r] = weight_of(w, row + own + 8 * r);
+  }
+};
 
 // gate and up of a column are sums of one thread.
 template <typename T>
-__device__ __forceinline__ void send_glu(const Work& w, const float (&d)[COUNT], const Tile& tile, Shared<T, Tile>& shared,
-                                         int warpgroup, int& slab) {
-  const int row = tile.row + warpgroup * 64, own = row + fragment_row(threadIdx.x % 128);
-  const float weight[2] = {weight_of(w.weights, own), weight_of(w.weights, own + 8)};
+__device__ __forceinline__ void finish_glu(const Work& w, const float (&d)[COUNT], const Tile& tile, Shared<T, Tile>& shared,
+                                           int warpgroup, int& slab, int row, int left) {
+  const Weights2 weight(w.weights, row, left);
 #pragma unroll
   for (int i = 0; i < COUNT / 2; i += 32) {  // 64 columns
     uint32_t gate[16], up[16], activation[16];
     pack_columns<T>(d, i, gate);
     pack_columns<T>(d, COUNT / 2 + i, up);
 #pragma unroll
-    for (int j = 0; j < 16; ++j) activation[j] = activation_of<T>(gate[j], up[j], weight[j % 2]);
+    for (int j = 0; j < 16; ++j) {
+      const float2 g = unpack<T>(gate[j]), u = unpack<T>(up[j]);
+      activation[j] = pack<T>(swiglu(g.x, u.x) * weight.of[j % 2], swiglu(g.y, u.y) * weight.of[j % 2]);
+    }
     const int column = tile.column * (TILE_COLUMNS / 2) + 2 * i;
-    if (column >= w.width) break;
-    send(gate, shared, warpgroup, slab, [&](const T* results) { tma_store(&w.out_map, results, column, 0, row); });
-    send(up, shared, warpgroup, slab, [&](const T* results) { tma_store(&w.out_map, results, column, 1, row); });
-    send(activation, shared, warpgroup, slab, [&](const T* results) { tma_store(&w.activation_map, results, column, row); });
+    emit(w.out, gate, shared, warpgroup, slab, column, 0, row, left);
+    emit(w.out, up, shared, warpgroup, slab, column, 1, row, left);
+    emit(w.activation, activation, shared, warpgroup, slab, column, 0, row, left);
   }
 }
 
+// 32 columns of gate and of up of this thread's two rows, as they lie in memory: zeros where there are none.
 template <typename T>
-__device__ __forceinline__ void store_glu(const Work& w, const float (&d)[COUNT], const Tile& tile, int row, int left) {
-  const int column = tile.column * (TILE_COLUMNS / 2) + threadIdx.x % 4 * 8;
+__device__ __forceinline__ void load_columns(const Output& h, uint4 (&eights)[2][2], int column, int row, int left) {
+  const int own = fragment_row(threadIdx.x % 128);
+  column += threadIdx.x % 4 * 8;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const bool there = 8 * r < left;
-    const int64_t at = tile.row + row + 8 * r;
-    const float weight = there ? weight_of(w.weights, int(at)) : 0;
-    T* const h = static_cast<T*>(w.out) + at * w.out_stride + column;
-    T* const activation = static_cast<T*>(w.activation) + at * w.activation_stride + column;
+    const T* const gate = static_cast<const T*>(h.data) + (row + own + 8 * r) * h.stride + column;
+    const bool there = own + 8 * r < left && column < h.width;
 #pragma unroll
-    for (int j = 0; j < COUNT / 2; j += 16) {  // 32 columns
-      uint32_t gate[4], up[4], a[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int pair = j + 4 * i + 2 * r;
-        gate[i] = pack<T>(d[pair], d[pair + 1]), up[i] = pack<T>(d[COUNT / 2 + pair], d[COUNT / 2 + pair + 1]);
-        a[i] = activation_of<T>(gate[i], up[i], weight);
-      }
-      const uint4 eight_gate = quad_transpose(gate), eight_up = quad_transpose(up), eight_a = quad_transpose(a);
-      if (there && column + 2 * j < w.width) {
-        *reinterpret_cast<uint4*>(h + 2 * j) = eight_gate;
-        *reinterpret_cast<uint4*>(h + w.width + 2 * j) = eight_up;
-        *reinterpret_cast<uint4*>(activation + 2 * j) = eight_a;
-      }
-    }
+    for (int part = 0; part < 2; ++part)
+      eights[r][part] = there ? __ldg(reinterpret_cast<const uint4*>(gate + part * h.width)) : uint4{};
   }
 }
 
-template <typename T, Major B_MAJOR, bool GLU>
+// Of one element: the sum da becomes those of gate and up, and the activation.
+struct GluGradient {
+  float gate, up, activation;
+
+  __device__ __forceinline__ GluGradient(float g, float u, float da, float weight, float& product) {
+    const float s = sigmoid(g), full = g * s * u;
+    product += da * full;
+    da *= weight;
+    gate = da * u * s * (1 + g * (1 - s));
+    up = da * g * s;
+    activation = full * weight;
+  }
+};
+
+// The sums are da, of the unweighted activation. From it and h: dh, the weighted activation, and the weight's gradient, of
+// which each tile has a part.
+template <typename T>
+__device__ __forceinline__ void finish_glu_backward(const Work& w, const float (&d)[COUNT], const Tile& tile,
+                                                    Shared<T, Tile>& shared, int warpgroup, int& slab, int row, int left) {
+  const Weights2 weight(w.weights, row, left);
+  float product[2] = {0, 0};
+  uint4 next[2][2];
+  load_columns<T>(w.h, next, tile.column * TILE_COLUMNS, row, left);
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 32) {  // 64 columns
+    const int column = tile.column * TILE_COLUMNS + 2 * i;
+    uint32_t gate[16], up[16], activation[16];
+#pragma unroll
+    for (int half = 0; half < 16; half += 8) {  // 32 columns
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {  // what brings results to rows brings rows to results
+        const uint4 g = next[r][0], u = next[r][1];
+        const uint32_t four_gate[4] = {g.x, g.y, g.z, g.w}, four_up[4] = {u.x, u.y, u.z, u.w};
+        const uint4 of_gate = quad_transpose(four_gate), of_up = quad_transpose(four_up);
+        gate[half + r] = of_gate.x, gate[half + 2 + r] = of_gate.y, gate[half + 4 + r] = of_gate.z,
+                  gate[half + 6 + r] = of_gate.w;
+        up[half + r] = of_up.x, up[half + 2 + r] = of_up.y, up[half + 4 + r] = of_up.z, up[half + 6 + r] = of_up.w;
+      }
+#pragma unroll
+      for (int j = half; j < half + 8; ++j) {
+        const float2 g = unpack<T>(gate[j]), u = unpack<T>(up[j]);
+        const GluGradient x(g.x, u.x, d[i + 2 * j], weight.of[j % 2], product[j % 2]);
+        const GluGradient y(g.y, u.y, d[i + 2 * j + 1], weight.of[j % 2], product[j % 2]);
+        gate[j] = pack<T>(x.gate, y.gate), up[j] = pack<T>(x.up, y.up), activation[j] = pack<T>(x.activation, y.activation);
+      }
+      if (i + 2 * half + 16 < COUNT) load_columns<T>(w.h, next, column + 4 * half + 32, row, left);
+    }
+    emit(w.out, gate, shared, warpgroup, slab, column, 0, row, left);
+    emit(w.out, up, shared, warpgroup, slab, column, 1, row, left);
+    emit(w.activation, activation, shared, warpgroup, slab, column, 0, row, left);
+  }
+  const int own = fragment_row(threadIdx.x % 128);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float sum = quad_sum(product[r]);
+    if (threadIdx.x % 4 == 0 && own + 8 * r < left) w.parts[int64_t(row + own + 8 * r) * w.columns + tile.column] = sum;
+  }
+}
+
+template <typename T, Product P>
 __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
-  const int row = warpgroup * 64 + fragment_row(threadIdx.x % 128);
+  constexpr Major B_MAJOR = WEIGHTS_MAJOR<P>;
   const uint64_t a = k_major(shared_address(shared.a) + warpgroup * 64 * 128);
   const uint64_t b = B_MAJOR == K_MAJOR ? k_major(shared_address(shared.b)) : mn_major(shared_address(shared.b), DEPTH * 128);
   Step<STAGES> step;
   float d[COUNT];
   int slab = 0;
   each_tile(shared, [&](const Tile& tile) {
-    const int left = __shfl_sync(0xffffffff, tile.left, 0) - warpgroup * 64;
-    const bool active = left > 0;
-    multiply<K_MAJOR, B_MAJOR>(d, shared, step, tile.steps, a, b, active, [](int, int) {});
-    if (!active) return;
-    if constexpr (GLU) {
-      if (left >= 64)
-        send_glu<T>(w, d, tile, shared, warpgroup, slab);
-      else
-        store_glu<T>(w, d, tile, row, tile.left - row);
+    const int row = tile.row + warpgroup * 64, left = __shfl_sync(0xffffffff, tile.left, 0) - warpgroup * 64;
+    multiply<K_MAJOR, B_MAJOR>(d, shared, step, tile.steps, a, b, left > 0, [](int, int) {});
+    if (left <= 0) return;
+    if constexpr (P == Product::up) {
+      finish_glu<T>(w, d, tile, shared, warpgroup, slab, row, left);
+    } else if constexpr (P == Product::down_backward) {
+      finish_glu_backward<T>(w, d, tile, shared, warpgroup, slab, row, left);
     } else {
-      if (left >= 64)
-        send_rows<T>(w, d, tile, shared, warpgroup, slab);
-      else
-        store_rows<T>(w, d, tile, row, tile.left - row);
+#pragma unroll
+      for (int i = 0; i < COUNT; i += 32) {  // 64 columns
+        uint32_t pairs[16];
+        pack_columns<T>(d, i, pairs);
+        emit(w.out, pairs, shared, warpgroup, slab, tile.column * TILE_COLUMNS + 2 * i, 0, row, left);
+      }
     }
   });
 }
 
-template <typename T, Major B_MAJOR, bool GLU>
+template <typename T, Product P>
 __global__ void __launch_bounds__(THREADS, 1) products_kernel(const __grid_constant__ Work w) {
   auto& shared = shared_storage<Shared<T, Tile>>();
   prepare(shared);
   if (threadIdx.x < 128) {
     fewer_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32 && elected()) produce<T, B_MAJOR, GLU>(w, shared);
+    if (threadIdx.x < 32 && elected()) produce<T, P>(w, shared);
   } else {
     more_registers<CONSUMER_REGISTERS>();
     // From one lane, so that the compiler knows it to be the same in all: descriptors stay in uniform registers.
-    consume<T, B_MAJOR, GLU>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
+    consume<T, P>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }
 }
 
-// ------------------------------------------------------------------------------------------------- SwiGLU's gradient
+// -------------------------------------------------------------------------------------------------- what surrounds them
 
-// One warp a row, of which `a` holds da unweighted: a becomes the weighted activation.
-template <typename T>
-__global__ void __launch_bounds__(256) glu_backward_kernel(MoEDownBackwardParams p) {
-  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+// The parts of a row's weight's gradient, in order. A thread a row.
+__global__ void __launch_bounds__(256) sum_parts_kernel(MoEDownBackwardParams p, int columns) {
+  const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= p.experts.rows || row >= p.experts.offsets[p.experts.count]) return;
-  const int slot = p.weights.row_slot ? p.weights.row_slot[row] : int(row);
-  const float weight = weight_of(p.weights, int(row));
-  const int n = p.experts.hidden;
-  const T* const h = static_cast<const T*>(p.h.data) + row * p.h.stride;
-  T* const dh = static_cast<T*>(p.dh.data) + row * p.dh.stride;
-  T* const a = static_cast<T*>(p.a.data) + row * p.a.stride;
-  float product = 0;
-  for (int column = threadIdx.x * 8; column < n; column += 256) {
-    const auto at = [&](T* x) -> Pack<T, 8>& { return *reinterpret_cast<Pack<T, 8>*>(x + column); };
-    const Pack<T, 8> gate = *reinterpret_cast<const Pack<T, 8>*>(h + column);
-    const Pack<T, 8> up = *reinterpret_cast<const Pack<T, 8>*>(h + n + column);
-    const Pack<T, 8> da = at(a);
-    Pack<T, 8> activation, dgate, dup;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float g = float(gate.element[i]), u = float(up.element[i]), gradient = float(da.element[i]);
-      const float s = sigmoid(g), full = swiglu(g, u), weighted = gradient * weight;
-      product += gradient * full;
-      activation.element[i] = T(full * weight);
-      dgate.element[i] = T(weighted * u * s * (1 + g * (1 - s)));
-      dup.element[i] = T(weighted * g * s);
-    }
-    at(a) = activation;
-    at(dh) = dgate;
-    at(dh + n) = dup;
-  }
-  for (int offset = 16; offset > 0; offset /= 2) product += __shfl_xor_sync(0xffffffff, product, offset);
-  if (threadIdx.x == 0 && p.dweights && slot >= 0) p.dweights[slot] = product;
+  float sum = 0;
+  for (int i = 0; i < columns; ++i) sum += p.parts[int64_t(row) * columns + i];
+  const int slot = p.weights.row_slot ? p.weights.row_slot[row] : row;
+  if (slot >= 0) p.dweights[slot] = sum;
 }
 
 // One warp a row.
@@ -275,13 +305,20 @@ __global__ void __launch_bounds__(256) zero_nobodys_kernel(ZeroNobodysParams p) 
 
 // -------------------------------------------------------------------------------------------------------------- launch
 
-template <typename T, Major B_MAJOR, bool GLU = false>
+template <typename T>
+Output output_of(const char* name, const Matrix& x, int64_t rows, int width, int parts = 1) {
+  const CUtensorMap map =
+      tensor_map(name, x.data, map_element<T>(), {{width, 64, 2}, {parts, 1, int64_t(width) * 2}, {rows, 64, x.stride * 2}});
+  return {map, x.data, x.stride, width};
+}
+
+template <typename T, Product P>
 cudaError_t run(const Experts& e, int32_t* claimed, Work w, cudaStream_t stream) {
   w.claimed = claimed, w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
-  w.columns = (w.width + (GLU ? TILE_COLUMNS / 2 : TILE_COLUMNS) - 1) / (GLU ? TILE_COLUMNS / 2 : TILE_COLUMNS);
+  w.columns = (w.out.width + WIDTH<P> - 1) / WIDTH<P>;
   int blocks = 0;
   if (const cudaError_t error = multiprocessors(blocks)) return error;
-  return launch(products_kernel<T, B_MAJOR, GLU>, {dim3(blocks), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
+  return launch(products_kernel<T, P>, {dim3(blocks), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
 }
 
 constexpr int stages(int columns) { return (columns + DEPTH - 1) / DEPTH; }
@@ -294,13 +331,9 @@ cudaError_t up(const MoEUpParams& p, cudaStream_t stream) {
   w.b0 = weights_map<T>("w1", p.w1, e.count, e.hidden, e.dim, TILE_COLUMNS / 2);
   w.b1 = weights_map<T>("w3", p.w3, e.count, e.hidden, e.dim, TILE_COLUMNS / 2);
   w.weights = p.weights;
-  // gate and up are dimensions of their own, so that a copy ends with gate.
-  w.out_map = tensor_map("h", p.h.data, map_element<T>(),
-                         {{e.hidden, 64, 2}, {2, 1, int64_t(e.hidden) * 2}, {e.rows, 64, p.h.stride * 2}});
-  w.activation_map = rows_map<T>("a", p.a, e.rows, e.hidden, 64);
-  w.out = p.h.data, w.out_stride = p.h.stride, w.activation = p.a.data, w.activation_stride = p.a.stride;
-  w.width = e.hidden, w.steps = w.first_steps = stages(e.dim);
-  return run<T, K_MAJOR, true>(e, p.claimed, w, stream);
+  w.out = output_of<T>("h", p.h, e.rows, e.hidden, 2), w.activation = output_of<T>("a", p.a, e.rows, e.hidden);
+  w.steps = w.first_steps = stages(e.dim);
+  return run<T, Product::up>(e, p.claimed, w, stream);
 }
 
 template <typename T>
@@ -309,10 +342,9 @@ cudaError_t down(const MoEDownParams& p, cudaStream_t stream) {
   Work w{};
   w.a = rows_map<T>("a", p.a, e.rows, e.hidden, TILE_ROWS);
   w.b0 = w.b1 = weights_map<T>("w2", p.w2, e.count, e.dim, e.hidden, TILE_COLUMNS / 2);
-  w.out_map = rows_map<T>("y", p.y, e.rows, e.dim, 64);
-  w.out = p.y.data, w.out_stride = p.y.stride;
-  w.width = e.dim, w.steps = w.first_steps = stages(e.hidden);
-  return run<T, K_MAJOR>(e, p.claimed, w, stream);
+  w.out = output_of<T>("y", p.y, e.rows, e.dim);
+  w.steps = w.first_steps = stages(e.hidden);
+  return run<T, Product::down>(e, p.claimed, w, stream);
 }
 
 template <typename T>
@@ -321,11 +353,12 @@ cudaError_t down_backward(const MoEDownBackwardParams& p, cudaStream_t stream) {
   Work w{};
   w.a = rows_map<T>("dy", p.dy, e.rows, e.dim, TILE_ROWS);
   w.b0 = w.b1 = weights_map<T>("w2", p.w2, e.count, e.dim, e.hidden, DEPTH);
-  w.out_map = rows_map<T>("a", p.a, e.rows, e.hidden, 64);
-  w.out = p.a.data, w.out_stride = p.a.stride;
-  w.width = e.hidden, w.steps = w.first_steps = stages(e.dim);
-  if (const cudaError_t error = run<T, MN_MAJOR>(e, p.claimed, w, stream)) return error;
-  glu_backward_kernel<T><<<blocks(e.rows), WARPS, 0, stream>>>(p);
+  w.h = output_of<T>("h", p.h, e.rows, e.hidden, 2), w.weights = p.weights, w.parts = p.parts;
+  w.out = output_of<T>("dh", p.dh, e.rows, e.hidden, 2), w.activation = output_of<T>("a", p.a, e.rows, e.hidden);
+  w.steps = w.first_steps = stages(e.dim);
+  if (const cudaError_t error = run<T, Product::down_backward>(e, p.claimed, w, stream)) return error;
+  if (!p.dweights) return cudaSuccess;
+  sum_parts_kernel<<<unsigned((e.rows + 255) / 256), 256, 0, stream>>>(p, moe_down_backward_parts(e));
   return cudaGetLastError();
 }
 
@@ -336,13 +369,14 @@ cudaError_t up_backward(const MoEUpBackwardParams& p, cudaStream_t stream) {
   w.a = rows_map<T>("dh", p.dh, e.rows, 2 * e.hidden, TILE_ROWS);
   w.b0 = weights_map<T>("w1", p.w1, e.count, e.hidden, e.dim, DEPTH);
   w.b1 = weights_map<T>("w3", p.w3, e.count, e.hidden, e.dim, DEPTH);
-  w.out_map = rows_map<T>("dx", p.dx, e.rows, e.dim, 64);
-  w.out = p.dx.data, w.out_stride = p.dx.stride;
-  w.width = e.dim, w.first_steps = stages(e.hidden), w.steps = 2 * w.first_steps, w.second_column = e.hidden;
-  return run<T, MN_MAJOR>(e, p.claimed, w, stream);
+  w.out = output_of<T>("dx", p.dx, e.rows, e.dim);
+  w.first_steps = stages(e.hidden), w.steps = 2 * w.first_steps, w.second_column = e.hidden;
+  return run<T, Product::up_backward>(e, p.claimed, w, stream);
 }
 
 }  // namespace
+
+int moe_down_backward_parts(const Experts& e) { return (e.hidden + TILE_COLUMNS - 1) / TILE_COLUMNS; }
 
 cudaError_t moe_up(const MoEUpParams& p, cudaStream_t stream) {
   return p.experts.half ? up<__half>(p, stream) : up<__nv_bfloat16>(p, stream);
@@ -361,7 +395,7 @@ cudaError_t moe_up_backward(const MoEUpBackwardParams& p, cudaStream_t stream) {
 }
 
 cudaError_t moe_zero_nobodys(const ZeroNobodysParams& p, cudaStream_t stream) {
-  zero_nobodys_kernel<<<132, WARPS, 0, stream>>>(p);
+  zero_nobodys_kernel<<<132, dim3(32, 8), 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -86,9 +86,9 @@ __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
       if (tile.steps == 0)
         for (uint32_t& pair : pairs) pair = 0;
       const int column = tile.column + 2 * i;
-      if (column < w.width)
-        send(pairs, shared, warpgroup, slab,
-             [&](const T* results) { tma_store(&w.out[tile.part], results, column, row, tile.expert); });
+      if (column >= w.width) break;
+      const T* const results = stage(pairs, shared, warpgroup, slab);
+      send([&] { tma_store(&w.out[tile.part], results, column, row, tile.expert); });
     }
   });
 }
