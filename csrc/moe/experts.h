@@ -75,10 +75,8 @@ struct MoEDownBackwardParams {
   RowWeights weights;
   Matrix dh;        // [R, 2 n]
   Matrix a;         // [R, n]
-  float* parts;     // [R, moe_down_backward_parts()], workspace
   float* dweights;  // like weights, of which rows of nobody are not written; or null
 };
-int moe_down_backward_parts(const Experts& experts);
 cudaError_t moe_down_backward(const MoEDownBackwardParams& params, cudaStream_t stream);
 
 // dx = dgate w1 + dup w3.

@@ -137,6 +137,8 @@ struct Layer {
   }
 };
 
+Tensor gradient_of(const Tensor& w) { return new_empty(w, w.sizes()); }
+
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& w3,
                                    const std::optional<Tensor>& weights, const Tensor& offsets,
                                    const std::optional<Tensor>& row_slot, const std::optional<Tensor>& slot_row,
@@ -177,26 +179,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
-  Tensor dw1 = new_empty(w1, w1.sizes()), dw2 = new_empty(w2, w2.sizes()), dw3 = new_empty(w3, w3.sizes());
   // Slots without a row, and rows of nobody, have no gradient.
   Tensor dweights = weights ? new_empty(*weights, weights->sizes()) : new_empty(x, {0}, ScalarType::Float);
   torch::stable::zero_(dweights);
   if (e.rows == 0) {
-    for (Tensor* dw : {&dw1, &dw2, &dw3}) torch::stable::zero_(*dw);
-    return {layer.tokens_of(layer.matrix_of(e.dim), false, stream), dweights, dw1, dw2, dw3};
+    const auto zeros = [](const Tensor& w) { return torch::stable::zero_(gradient_of(w)); };
+    return {layer.tokens_of(layer.matrix_of(e.dim), false, stream), dweights, zeros(w1), zeros(w2), zeros(w3)};
   }
 
   // In an order that keeps few tensors of the rows' size alive at once.
   const Tensor readable_h = readable(h), claims = layer.zeros(4);
   int32_t* const claimed = claims.mutable_data_ptr<int32_t>();
-  Tensor dh = layer.matrix_of(2 * e.hidden);
+  Tensor dh = layer.matrix_of(2 * e.hidden), dw2;
   {
     const Tensor dy = layer.rows_of(dout, stream);
     Tensor a = layer.matrix_of(e.hidden);
-    const Tensor parts = new_empty(x, {e.rows, moe_down_backward_parts(e)}, ScalarType::Float);
     check_launch(moe_down_backward({e, claimed, matrix(dy), weights_of(layer.w2), matrix(readable_h), layer.row_weights(), matrix(dh),
-                                    matrix(a), parts.mutable_data_ptr<float>(), weights ? dweights.mutable_data_ptr<float>() : nullptr},
+                                    matrix(a), weights ? dweights.mutable_data_ptr<float>() : nullptr},
                                    stream));
+    dw2 = gradient_of(w2);
     check_launch(moe_weight_gradient_down({e, claimed + 1, matrix(dy), matrix(a), dw2.mutable_data_ptr()}, stream));
   }
   Tensor dx;
@@ -206,6 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     dx = layer.tokens_of(drows, false, stream);
   }
   const Tensor rows = layer.rows_of(x, stream);
+  Tensor dw1 = gradient_of(w1), dw3 = gradient_of(w3);
   check_launch(moe_weight_gradient_up({e, claimed + 3, matrix(dh), matrix(rows), dw1.mutable_data_ptr(), dw3.mutable_data_ptr()}, stream));
   return {dx, dweights, dw1, dw2, dw3};
 }

@@ -2,7 +2,7 @@
 //
 //   moe_up             [gate, up] = x [w1, w3]T     then SwiGLU of them
 //   moe_down           y = a w2T
-//   moe_down_backward  da = dy w2                   then SwiGLU's gradient
+//   moe_down_backward  da = dy w2                   then, by a kernel of its own, SwiGLU's gradient
 //   moe_up_backward    dx = dgate w1 + dup w3       one sum over both
 //
 // One thread loads stages, two warpgroups multiply; a block takes tiles until there are none. The expert is a coordinate of
@@ -10,6 +10,7 @@
 // ordinary stores.
 #include "moe/activation.cuh"
 #include "moe/grouped.cuh"
+#include "moe/rows.cuh"
 
 namespace flashmoe {
 namespace {
@@ -37,11 +38,10 @@ struct Output {
 struct Work {
   CUtensorMap a;       // rows, of whose columns there may be two parts
   CUtensorMap b0, b1;  // weights: of the two parts, or of the two halves of a tile's columns
-  Output out, activation, h;
+  Output out, activation;
   const int32_t* offsets;
   int32_t* claimed;
   RowWeights weights;
-  float* parts;            // [rows, columns]: of the weights' gradients
   int experts, rows;
   int columns;             // tiles that cover a part of the result
   int steps, first_steps;  // stages of a tile; of a's first part
@@ -81,10 +81,6 @@ template <typename T, Product P>
 __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
   Walk walk{w};
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
-    if constexpr (P == Product::down_backward)  // h is wanted at the tile's end
-      if (k < TILE_ROWS / 64 * TILE_COLUMNS / 64)
-        for (int part = 0; part < 2; ++part)
-          tma_prefetch(&w.h.map, tile.column * TILE_COLUMNS + k / 2 * 64, part, tile.row + k % 2 * 64);
     const bool first = k < w.first_steps;
     const int depth = first ? k * DEPTH : (k - w.first_steps) * DEPTH;
     tma_load(shared.a[stage], &w.a, full, Keep::normal, (first ? 0 : w.second_column) + depth, tile.row);
@@ -133,23 +129,13 @@ __device__ __forceinline__ float weight_of(const RowWeights& w, int row) {
   return slot < 0 ? 0 : w.weights[slot];
 }
 
-// Of this thread's two rows.
-struct Weights2 {
-  float of[2] = {0, 0};
-
-  __device__ __forceinline__ Weights2(const RowWeights& w, int row, int left) {
-    const int own = fragment_row(threadIdx.x % 128);
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      if (own + 8 * r < left) of[r] = weight_of(w, row + own + 8 * r);
-  }
-};
-
 // gate and up of a column are sums of one thread.
 template <typename T>
 __device__ __forceinline__ void finish_glu(const Work& w, const float (&d)[COUNT], const Tile& tile, Shared<T, Tile>& shared,
                                            int warpgroup, int& slab, int row, int left) {
-  const Weights2 weight(w.weights, row, left);
+  const int own = fragment_row(threadIdx.x % 128);
+  const float weight[2] = {own < left ? weight_of(w.weights, row + own) : 0,
+                           own + 8 < left ? weight_of(w.weights, row + own + 8) : 0};
 #pragma unroll
   for (int i = 0; i < COUNT / 2; i += 32) {  // 64 columns
     uint32_t gate[16], up[16], activation[16];
@@ -158,86 +144,12 @@ __device__ __forceinline__ void finish_glu(const Work& w, const float (&d)[COUNT
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
       const float2 g = unpack<T>(gate[j]), u = unpack<T>(up[j]);
-      activation[j] = pack<T>(swiglu(g.x, u.x) * weight.of[j % 2], swiglu(g.y, u.y) * weight.of[j % 2]);
+      activation[j] = pack<T>(swiglu(g.x, u.x) * weight[j % 2], swiglu(g.y, u.y) * weight[j % 2]);
     }
     const int column = tile.column * (TILE_COLUMNS / 2) + 2 * i;
     emit(w.out, gate, shared, warpgroup, slab, column, 0, row, left);
     emit(w.out, up, shared, warpgroup, slab, column, 1, row, left);
     emit(w.activation, activation, shared, warpgroup, slab, column, 0, row, left);
-  }
-}
-
-// 32 columns of gate and of up of this thread's two rows, as they lie in memory: zeros where there are none.
-template <typename T>
-__device__ __forceinline__ void load_columns(const Output& h, uint4 (&eights)[2][2], int column, int row, int left) {
-  const int own = fragment_row(threadIdx.x % 128);
-  column += threadIdx.x % 4 * 8;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const T* const gate = static_cast<const T*>(h.data) + (row + own + 8 * r) * h.stride + column;
-    const bool there = own + 8 * r < left && column < h.width;
-#pragma unroll
-    for (int part = 0; part < 2; ++part)
-      eights[r][part] = there ? __ldg(reinterpret_cast<const uint4*>(gate + part * h.width)) : uint4{};
-  }
-}
-
-// Of one element: the sum da becomes those of gate and up, and the activation.
-struct GluGradient {
-  float gate, up, activation;
-
-  __device__ __forceinline__ GluGradient(float g, float u, float da, float weight, float& product) {
-    const float s = sigmoid(g), full = g * s * u;
-    product += da * full;
-    da *= weight;
-    gate = da * u * s * (1 + g * (1 - s));
-    up = da * g * s;
-    activation = full * weight;
-  }
-};
-
-// The sums are da, of the unweighted activation. From it and h: dh, the weighted activation, and the weight's gradient, of
-// which each tile has a part.
-template <typename T>
-__device__ __forceinline__ void finish_glu_backward(const Work& w, const float (&d)[COUNT], const Tile& tile,
-                                                    Shared<T, Tile>& shared, int warpgroup, int& slab, int row, int left) {
-  const Weights2 weight(w.weights, row, left);
-  float product[2] = {0, 0};
-  uint4 next[2][2];
-  load_columns<T>(w.h, next, tile.column * TILE_COLUMNS, row, left);
-#pragma unroll
-  for (int i = 0; i < COUNT; i += 32) {  // 64 columns
-    const int column = tile.column * TILE_COLUMNS + 2 * i;
-    uint32_t gate[16], up[16], activation[16];
-#pragma unroll
-    for (int half = 0; half < 16; half += 8) {  // 32 columns
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {  // what brings results to rows brings rows to results
-        const uint4 g = next[r][0], u = next[r][1];
-        const uint32_t four_gate[4] = {g.x, g.y, g.z, g.w}, four_up[4] = {u.x, u.y, u.z, u.w};
-        const uint4 of_gate = quad_transpose(four_gate), of_up = quad_transpose(four_up);
-        gate[half + r] = of_gate.x, gate[half + 2 + r] = of_gate.y, gate[half + 4 + r] = of_gate.z,
-                  gate[half + 6 + r] = of_gate.w;
-        up[half + r] = of_up.x, up[half + 2 + r] = of_up.y, up[half + 4 + r] = of_up.z, up[half + 6 + r] = of_up.w;
-      }
-#pragma unroll
-      for (int j = half; j < half + 8; ++j) {
-        const float2 g = unpack<T>(gate[j]), u = unpack<T>(up[j]);
-        const GluGradient x(g.x, u.x, d[i + 2 * j], weight.of[j % 2], product[j % 2]);
-        const GluGradient y(g.y, u.y, d[i + 2 * j + 1], weight.of[j % 2], product[j % 2]);
-        gate[j] = pack<T>(x.gate, y.gate), up[j] = pack<T>(x.up, y.up), activation[j] = pack<T>(x.activation, y.activation);
-      }
-      if (i + 2 * half + 16 < COUNT) load_columns<T>(w.h, next, column + 4 * half + 32, row, left);
-    }
-    emit(w.out, gate, shared, warpgroup, slab, column, 0, row, left);
-    emit(w.out, up, shared, warpgroup, slab, column, 1, row, left);
-    emit(w.activation, activation, shared, warpgroup, slab, column, 0, row, left);
-  }
-  const int own = fragment_row(threadIdx.x % 128);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float sum = quad_sum(product[r]);
-    if (threadIdx.x % 4 == 0 && own + 8 * r < left) w.parts[int64_t(row + own + 8 * r) * w.columns + tile.column] = sum;
   }
 }
 
@@ -255,8 +167,6 @@ __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
     if (left <= 0) return;
     if constexpr (P == Product::up) {
       finish_glu<T>(w, d, tile, shared, warpgroup, slab, row, left);
-    } else if constexpr (P == Product::down_backward) {
-      finish_glu_backward<T>(w, d, tile, shared, warpgroup, slab, row, left);
     } else {
 #pragma unroll
       for (int i = 0; i < COUNT; i += 32) {  // 64 columns
@@ -284,14 +194,39 @@ __global__ void __launch_bounds__(THREADS, 1) products_kernel(const __grid_const
 
 // -------------------------------------------------------------------------------------------------- what surrounds them
 
-// The parts of a row's weight's gradient, in order. A thread a row.
-__global__ void __launch_bounds__(256) sum_parts_kernel(MoEDownBackwardParams p, int columns) {
-  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+// SwiGLU's gradient, one warp a row: `a` holds da of the unweighted activation and becomes the weighted activation.
+template <typename T>
+__global__ void __launch_bounds__(256) glu_backward_kernel(MoEDownBackwardParams p) {
+  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= p.experts.rows || row >= p.experts.offsets[p.experts.count]) return;
-  float sum = 0;
-  for (int i = 0; i < columns; ++i) sum += p.parts[int64_t(row) * columns + i];
-  const int slot = p.weights.row_slot ? p.weights.row_slot[row] : row;
-  if (slot >= 0) p.dweights[slot] = sum;
+  const int slot = p.weights.row_slot ? p.weights.row_slot[row] : int(row);
+  const float weight = weight_of(p.weights, int(row));
+  const int n = p.experts.hidden;
+  const T* const h = static_cast<const T*>(p.h.data) + row * p.h.stride;
+  T* const dh = static_cast<T*>(p.dh.data) + row * p.dh.stride;
+  T* const a = static_cast<T*>(p.a.data) + row * p.a.stride;
+  float product = 0;
+  for (int column = threadIdx.x * 8; column < n; column += 256) {
+    using Eight = Pack<T, 8>;
+    const auto load = [&](const T* x) { return *reinterpret_cast<const Eight*>(x + column); };
+    const auto store = [&](T* x, const Eight& eight) { *reinterpret_cast<Eight*>(x + column) = eight; };
+    const Eight gate = load(h), up = load(h + n), da = load(a);
+    Eight activation, dgate, dup;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float g = float(gate.element[i]), u = float(up.element[i]), gradient = float(da.element[i]);
+      const float s = sigmoid(g), full = swiglu(g, u), weighted = gradient * weight;
+      product += gradient * full;
+      activation.element[i] = T(full * weight);
+      dgate.element[i] = T(weighted * u * s * (1 + g * (1 - s)));
+      dup.element[i] = T(weighted * g * s);
+    }
+    store(a, activation);
+    store(dh, dgate);
+    store(dh + n, dup);
+  }
+  for (int offset = 16; offset > 0; offset /= 2) product += __shfl_xor_sync(0xffffffff, product, offset);
+  if (threadIdx.x == 0 && p.dweights && slot >= 0) p.dweights[slot] = product;
 }
 
 // One warp a row.
@@ -353,12 +288,10 @@ cudaError_t down_backward(const MoEDownBackwardParams& p, cudaStream_t stream) {
   Work w{};
   w.a = rows_map<T>("dy", p.dy, e.rows, e.dim, TILE_ROWS);
   w.b0 = w.b1 = weights_map<T>("w2", p.w2, e.count, e.dim, e.hidden, DEPTH);
-  w.h = output_of<T>("h", p.h, e.rows, e.hidden, 2), w.weights = p.weights, w.parts = p.parts;
-  w.out = output_of<T>("dh", p.dh, e.rows, e.hidden, 2), w.activation = output_of<T>("a", p.a, e.rows, e.hidden);
+  w.out = output_of<T>("a", p.a, e.rows, e.hidden);
   w.steps = w.first_steps = stages(e.dim);
   if (const cudaError_t error = run<T, Product::down_backward>(e, p.claimed, w, stream)) return error;
-  if (!p.dweights) return cudaSuccess;
-  sum_parts_kernel<<<unsigned((e.rows + 255) / 256), 256, 0, stream>>>(p, moe_down_backward_parts(e));
+  glu_backward_kernel<T><<<blocks(e.rows), WARPS, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -375,8 +308,6 @@ cudaError_t up_backward(const MoEUpBackwardParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
-
-int moe_down_backward_parts(const Experts& e) { return (e.hidden + TILE_COLUMNS - 1) / TILE_COLUMNS; }
 
 cudaError_t moe_up(const MoEUpParams& p, cudaStream_t stream) {
   return p.experts.half ? up<__half>(p, stream) : up<__nv_bfloat16>(p, stream);
@@ -395,7 +326,7 @@ cudaError_t moe_up_backward(const MoEUpBackwardParams& p, cudaStream_t stream) {
 }
 
 cudaError_t moe_zero_nobodys(const ZeroNobodysParams& p, cudaStream_t stream) {
-  zero_nobodys_kernel<<<132, dim3(32, 8), 0, stream>>>(p);
+  zero_nobodys_kernel<<<132, WARPS, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
