@@ -30,8 +30,8 @@ def reasons(
     for d, v in KERNEL_HEAD_DIMS:
         case = attention.AttentionCase(device_type, capability, dtype, d, v)
         found[f"attention {d}/{v}"] = attention.supports(case, complete=complete)
-    case = moe.MoECase(device_type, capability, dtype, dim=2048, hidden_dim=1024, experts=64)  # of the usual kind
-    found["mixture of experts"] = moe.supports(case, complete=complete)
+    usual = moe.MoECase(device_type, capability, dtype, dim=2048, hidden_dim=1024, experts=64)
+    found["mixture of experts"] = moe.supports(usual, complete=complete)
     return found
 
 

@@ -183,7 +183,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dweights = weights ? new_empty(*weights, weights->sizes()) : new_empty(x, {0}, ScalarType::Float);
   torch::stable::zero_(dweights);
   if (e.rows == 0) {
-    const auto zeros = [](const Tensor& w) { return torch::stable::zero_(gradient_of(w)); };
+    const auto zeros = [](const Tensor& w) {
+      Tensor dw = gradient_of(w);
+      return torch::stable::zero_(dw);
+    };
     return {layer.tokens_of(layer.matrix_of(e.dim), false, stream), dweights, zeros(w1), zeros(w2), zeros(w3)};
   }
 
