@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashmoe_train.bench.measure import relative_error
 from flashmoe_train.ops.attention import AttentionCase, supports
-from flashmoe_train.ops.library import HOPPER, capability
 
 from .attention_cases import CASES, Case, oracle, visible
 from .operators import assert_close_in_norm, forward_backward
@@ -22,11 +21,6 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 # Of single numbers of out, for values N(0, 1), of which the largest are 5: a probability is rounded, and the result.
 ROUNDING = {torch.bfloat16: 4e-2, torch.float16: 5e-3}
-
-ON_HOPPER = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(capability("cuda") not in (None, HOPPER), reason="the kernel is for Hopper GPUs"),
-]
 
 # Every mask, in lengths that need several tiles, end within one, and are shorter than one.
 MASKS = [

@@ -4,6 +4,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from torch.testing._internal.optests.generate_tests import ALL_TEST_UTILS
@@ -11,6 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from flashmoe_train.ops.attention import copies
+from flashmoe_train.ops.library import HOPPER, capability
+
+ON_HOPPER = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(capability("cuda") not in (None, HOPPER), reason="the kernels are for Hopper GPUs"),
+]
 
 
 def forward_backward(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
@@ -39,6 +46,19 @@ def assert_opcheck(operator: torch._ops.OpOverload, arguments: tuple) -> None:
     """PyTorch's own checks of schema, autograd registration, fake and AOT dispatch, all of them."""
     results = torch.library.opcheck(operator, arguments, test_utils=list(ALL_TEST_UTILS))
     assert set(results.values()) == {"SUCCESS"}
+
+
+def captured(function: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A CUDA graph of a call, after one outside it, and the tensors that every replay writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph, results
 
 
 def saving(*operators: torch._ops.OpOverload) -> Callable[[], tuple]:

@@ -13,7 +13,6 @@ from .attention_gpu import (
     DTYPES,
     HEAD_DIMS,
     MASKS,
-    ON_HOPPER,
     SMALL,
     TILES,
     assert_gradients,
@@ -27,7 +26,7 @@ from .attention_gpu import (
     sdpa_flash,
     with_tiles,
 )
-from .operators import assert_close_in_norm, chooser, forward_backward
+from .operators import ON_HOPPER, assert_close_in_norm, chooser, forward_backward
 
 pytestmark = ON_HOPPER
 

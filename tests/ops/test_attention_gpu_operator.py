@@ -21,7 +21,6 @@ from .attention_cases import Case, cumulative, oracle
 from .attention_gpu import (
     HEAD_DIMS,
     MASKS,
-    ON_HOPPER,
     SMALL,
     assert_gradients,
     assert_right,
@@ -29,7 +28,15 @@ from .attention_gpu import (
     out_of,
     random_inputs,
 )
-from .operators import CountOperators, assert_close_in_norm, assert_opcheck, forward_backward, saving
+from .operators import (
+    ON_HOPPER,
+    CountOperators,
+    assert_close_in_norm,
+    assert_opcheck,
+    captured,
+    forward_backward,
+    saving,
+)
 
 ops = torch.ops.flashmoe
 pytestmark = ON_HOPPER
@@ -136,18 +143,6 @@ def test_neighbouring_documents_do_not_leak(lengths: tuple[int, int, int], dim: 
         assert torch.equal(x[:, : lengths[0]], y[:, : lengths[0]])
         assert torch.equal(x[:, lengths[0] + lengths[1] :], y[:, lengths[0] + lengths[1] :])
         assert not x[:, total:].any()
-
-
-def captured(function: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
-    return graph, results
 
 
 def forward_and_backward(
