@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashmoe_train.bench.moe_cases import draw
+
 
 @dataclass(frozen=True)
 class Case:
@@ -17,7 +19,8 @@ class Case:
     hidden: int = 12
     experts: int = 5
     top_k: int = 2
-    routing: str = "random"  # random | one (all slots to expert 1) | even | skipped (some ids out of range) | duplicate
+    # random | one (all slots to expert 1) | even | skipped (some ids out of range) | nobody (all) | duplicate | zipf
+    routing: str = "random"
     score_mode: str = "combine"
 
     def __str__(self) -> str:
@@ -34,6 +37,10 @@ class Case:
             ids = torch.randint(self.experts, (self.tokens, 1)).expand(shape)
         elif self.routing == "skipped":
             ids = torch.randint(-2, self.experts + 2, shape)
+        elif self.routing == "nobody":
+            ids = torch.full(shape, self.experts)
+        elif self.routing == "zipf":  # steeper than Zipf's law
+            ids, _ = draw(self.tokens, self.experts, self.top_k, 1.5, torch.device("cpu"))
         else:
             ids = torch.rand(self.tokens, self.experts).argsort(1)[:, : self.top_k]
         return ids.to(torch.int32).to(device)
@@ -42,11 +49,11 @@ class Case:
         """x, w1, w2, w3, weights with gradients required."""
         e, n, d = self.experts, self.hidden, self.dim
         shapes = ((self.tokens, d), (e, n, d), (e, d, n), (e, n, d))
-        tensors = [torch.randn(s, dtype=torch.float64) * (s[-1] ** -0.5 if len(s) > 2 else 1) for s in shapes]
-        tensors = [x.to(dtype).to(device).requires_grad_() for x in tensors]
         weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        weights = torch.rand(self.tokens, self.top_k, dtype=weights_dtype).to(device).requires_grad_()
-        return (*tensors, weights)
+        tensors = [torch.randn(s, dtype=torch.float64, device=device) for s in shapes]
+        tensors = [(x * (x.shape[-1] ** -0.5 if x.dim() > 2 else 1)).to(dtype) for x in tensors]
+        tensors.append(torch.rand(self.tokens, self.top_k, dtype=weights_dtype, device=device))
+        return tuple(x.requires_grad_() for x in tensors)
 
 
 def oracle(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
@@ -75,5 +82,7 @@ CASES = [
     Case(routing="duplicate", top_k=3),
     Case(routing="skipped"),
     Case(routing="skipped", score_mode="activation"),
+    Case(routing="nobody"),
+    Case(routing="zipf"),
     Case(tokens=129, dim=24, hidden=40),
 ]
