@@ -145,7 +145,7 @@ def test_transposed_weights_are_refused(name: str) -> None:
     (x, w1, w2, w3, weights), ids, _ = inputs_of(CASE)
     given = {"w1": w1, "w2": w2, "w3": w3}
     given[name] = given[name].transpose(1, 2).contiguous().transpose(1, 2)
-    with pytest.raises((ValueError, RuntimeError), match=f"{name} must have a contiguous last dimension"):
+    with pytest.raises(ValueError, match=f"{name} must have a contiguous last dimension"):
         moe(x, **given, ids=ids, weights=weights)
 
 
@@ -461,6 +461,33 @@ WRONG = Case(23, 16, 24)  # T, d, n; E = 5, K = 2
 def forward_arguments() -> list:
     inputs, ids, _ = inputs_of(WRONG)
     return [*(x.detach() for x in inputs), *route_plan(ids, WRONG.experts), "combine"]
+
+
+@pytest.mark.parametrize(
+    "changes, error, text",
+    [
+        ({"w2": lambda w: w.transpose(1, 2)}, ValueError, r"w2 must be \[5, 16, 24\], found \[5, 24, 16\]"),
+        ({"w3": lambda w: w.half()}, TypeError, "w3 must have x's dtype torch.bfloat16, found torch.float16"),
+        ({"w2": lambda w: w.cpu()}, ValueError, "w2 must be on x's device cuda:0, found cpu"),
+        ({"weights": lambda w: w[:, :1]}, ValueError, r"weights must be \[23, 2\], found \[23, 1\]"),
+        ({"weights": lambda w: w.bfloat16()}, TypeError, "weights must be torch.float32 beside torch.bfloat16"),
+        ({"score_mode": lambda x: "before"}, ValueError, "score_mode must be one of"),
+    ],
+)
+def test_public_function_raises_as_on_the_cpu(changes: dict[str, Callable], error: type[Exception], text: str) -> None:
+    given = dict(zip(ARGUMENTS, forward_arguments(), strict=True))
+    names = "x", "w1", "w2", "w3", "weights", "score_mode"
+    wrong = {name: changes[name](given[name]) if name in changes else given[name] for name in names}
+    with pytest.raises(error, match=text):
+        moe(**wrong, ids=WRONG.ids("cuda"))
+
+
+def test_moe_rows_raises_as_on_the_cpu() -> None:
+    x, w1, w2, w3, _, offsets, *_ = forward_arguments()
+    with pytest.raises(ValueError, match=r"weights must be \[23\], found \[3\]"):
+        moe_rows(x, w1, w2, w3, offsets, torch.ones(3, device="cuda"))
+    with pytest.raises(TypeError, match=r"offsets must be int32, found torch.int64"):
+        moe_rows(x, w1, w2, w3, offsets.long())
 
 
 def transposed(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from flashmoe_train.ops.moe.checks import (
     KERNEL_ALIGNMENT,
     KERNEL_DTYPES,
     KERNEL_MOST_EXPERTS,
+    check,
     check_experts,
     check_routing,
 )
@@ -84,7 +85,8 @@ def moe(
     check_routing(x, w1, ids)
     plan = route_plan(ids, w1.shape[0])
     if supports(MoECase.of(x, w1)) is None:
-        return moe_forward(x, w1, w2, w3, weights, plan.offsets, plan.row_slot, plan.slot_row, score_mode)[0]
+        check(x, w1, w2, w3, weights, *plan, score_mode)  # the compiled code's own errors are RuntimeErrors
+        return moe_forward(x, w1, w2, w3, weights, *plan, score_mode)[0]
     return fallback.moe(x, w1, w2, w3, weights, plan, score_mode)
 
 
@@ -109,6 +111,7 @@ def moe_rows(
     """
     check_experts(w1)
     if supports(MoECase.of(rows, w1)) is None:
+        check(rows, w1, w2, w3, weights, offsets, None, None, "activation")
         return moe_forward(rows, w1, w2, w3, weights, offsets, None, None, "activation")[0]
     return fallback.moe_rows(rows, w1, w2, w3, offsets, weights)
 
