@@ -57,7 +57,7 @@ def with_tiles(tiles: str, case: Case) -> Case:
     if tiles == "small":
         return case
     busy = torch.cuda.get_device_properties(0).multi_processor_count + 1
-    times = math.ceil(busy / (case.batch * case.heads * max(1, math.ceil(case.length_q / 64))))
+    times = math.ceil(busy / max(1, case.batch * case.heads * math.ceil(case.length_q / 64)))
     return replace(case, heads=case.heads * times, groups=case.groups * times)
 
 

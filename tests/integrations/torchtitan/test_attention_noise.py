@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend
 
 from ... import processes
-from ...ops.attention_gpu import ON_HOPPER
+from ...ops.operators import ON_HOPPER
 from ...ops.operators import CountOperators
 from . import runs
 
