@@ -115,8 +115,8 @@ _SHORT_TYPES = {
     "__nv_bfloat16": "bf16", "BFloat16": "bf16", "bfloat16_t": "bf16", "__half": "fp16", "Half": "fp16",
     "half_t": "fp16", "float": "fp32", "double": "fp64",
 }  # fmt: skip
-# Namespaces without a name, as several demanglers say it, and the types of numbers: (int)64.
-_NOISE = re.compile(r"(?:\(anonymous namespace\)|<unnamed>|\{anonymous\})::|\([\w: ]+\)(?=-?\d)")
+# Namespaces without a name, as several demanglers say it (ncu loses a bracket), and the types of numbers: (int)64.
+_NOISE = re.compile(r"(?:\(anonymous namespace\)|(?<!\w)<unnamed>|unnamed>|\{anonymous\})::|\([\w: ]+\)(?=-?\d)")
 _MOST_ARGUMENTS = 6
 
 

@@ -82,6 +82,10 @@ def test_unknown_unit_is_an_error() -> None:
             "128, 128, 128> >(flashmoe::(anonymous namespace)::Work)",
             "forward_kernel<fp16, 192, 128, 128, 128>",
         ),
+        (
+            "void unnamed>::forward_kernel<unnamed>::Sizes<__nv_bfloat16, 64, 64, 192, 128>>(unnamed>::Work)",
+            "forward_kernel<bf16, 64, 64, 192, 128>",
+        ),
         ("void n::permute_kernel<unsigned int>(n::PermuteParams, unsigned int)", "permute_kernel<unsigned int>"),
         (
             "void at::native::vectorized_elementwise_kernel<(int)4, at::native::FillFunctor<c10::BFloat16>, "

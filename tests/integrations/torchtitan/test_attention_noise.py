@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend
 
 from ... import processes
-from ...ops.operators import ON_HOPPER
-from ...ops.operators import CountOperators
+from ...ops.operators import ON_HOPPER, CountOperators
 from . import runs
 
 LAYERS, STEPS = 4, 20
