@@ -1,6 +1,6 @@
 // Attention forward: out = softmax(scale * q kT) v and the logarithm of every query's sum.
 //
-// A tile is 128 or 192 queries of a head, a step so many keys. In a block one thread of the first warpgroup, the producer,
+// A tile is 64, 128 or 192 queries of a head, a step so many keys. In a block one thread of the first warpgroup, the producer,
 // loads q and a ring of stages of k and v; each consumer warpgroup has 64 of the queries, whose scores, probabilities and
 // sums never leave its registers. It issues the scores of a step and the sums of the step before it together, then does the
 // softmax of the former while the other warpgroups' products run.
