@@ -170,6 +170,7 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
         "    (ops.router_topk_backward, (x[:, :2], None, x, index, 'softmax', False, 1.0, 1)),\n"
         "    (ops.moe_glu, (x, x, index[0], None)),\n"
         "    (ops.moe_glu_backward, (x, x, x, index[0], None)),\n"
+        "    (ops.moe_forward, (x, x[None], x.T[None], x[None], None, index[0], None, None, 'combine')),\n"
         "    (ops.moe_permute, (x, index[0], index)),\n"
         "    (ops.moe_combine, (x, index, None)),\n"
         "    (ops.moe_combine_backward, (x, x, index, torch.ones(4, 2))),\n"
@@ -183,7 +184,7 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines() == [
         f"{name} must be on a CUDA device like the other tensors"
-        for name in ("q", "ids", "logits", "logits", "gate", "gate", "x", "rows", "rows")
+        for name in ("q", "ids", "logits", "logits", "gate", "gate", "x", "x", "rows", "rows")
     ]
 
 
