@@ -357,7 +357,7 @@ CUtensorMap map_of(const char* name, const void* base, MapElement element, Atten
 }
 
 template <typename S>
-cudaError_t launch_forward(const AttentionForwardParams& p, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch_forward(const AttentionForwardParams& p, int most_blocks, cudaStream_t stream) {
   const MapElement element = p.type == AttentionType::float16 ? MAP_FLOAT16 : MAP_BFLOAT16;
   Work w = work_of(p, S::QUERIES, (S::DIM + S::DIM_V) * element.bytes);
   w.q = map_of("q", p.q, element, p.q_strides, p.batch, p.queries, p.heads, p.dim, S::QUERIES);
@@ -367,20 +367,18 @@ cudaError_t launch_forward(const AttentionForwardParams& p, int multiprocessors,
 
   if (const cudaError_t error = plan_tiles(w, p.documents, S::QUERIES, S::KEYS, stream)) return error;
   const int64_t tiles = int64_t(w.rows) * w.tiles_per_row;
-  const int blocks = int(std::min<int64_t>(tiles, multiprocessors));
+  const int blocks = int(std::min<int64_t>(tiles, most_blocks));
   return launch(forward_kernel<S>, {dim3(blocks), dim3(S::THREADS), sizeof(Shared<S>), stream}, w);
 }
 
 // Tiles of 64 queries where that gives no multiprocessor more than one: too few larger ones would leave most of them idle.
 template <typename T, int D, int V, int TILE, int STEP>
 cudaError_t forward(const AttentionForwardParams& p, cudaStream_t stream) {
-  int device = 0, multiprocessors = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
-    return error;
-  if (int64_t(p.batch) * p.heads * tiles_of_row(p, SMALLEST_TILE) <= multiprocessors)
-    return launch_forward<Sizes<T, D, V, SMALLEST_TILE, STEP>>(p, multiprocessors, stream);
-  return launch_forward<Sizes<T, D, V, TILE, STEP>>(p, multiprocessors, stream);
+  int most_blocks = 0;
+  if (const cudaError_t error = multiprocessors(most_blocks)) return error;
+  if (int64_t(p.batch) * p.heads * tiles_of_row(p, SMALLEST_TILE) <= most_blocks)
+    return launch_forward<Sizes<T, D, V, SMALLEST_TILE, STEP>>(p, most_blocks, stream);
+  return launch_forward<Sizes<T, D, V, TILE, STEP>>(p, most_blocks, stream);
 }
 
 // A study of one head dim compiles nothing else, for bf16 alone.

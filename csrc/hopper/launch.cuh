@@ -32,6 +32,13 @@ __device__ __forceinline__ bool elected() {
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void launch_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// Of the current device: blocks of a kernel that leaves no room for a second one.
+inline cudaError_t multiprocessors(int& count) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
 struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;

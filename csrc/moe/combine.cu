@@ -117,8 +117,7 @@ __global__ void __launch_bounds__(256) combine_backward_kernel(CombineBackwardPa
     *reinterpret_cast<Pack<T, N>*>(dy + column) = scaled;
   }
 
-  // The same tree of sums whatever the launch: repeats bitwise.
-  for (int offset = 16; offset > 0; offset /= 2) product += __shfl_xor_sync(0xffffffff, product, offset);
+  product = warp_sum(product);
   if (lane == 0) *dweight = product;
 }
 

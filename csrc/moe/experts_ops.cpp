@@ -10,7 +10,7 @@
 
 #include "binding.h"
 #include "moe/experts.h"
-#include "moe/moe.h"
+#include "moe/operators.h"
 
 namespace flashmoe {
 namespace {
@@ -36,7 +36,8 @@ void check_expert_weights(const char* name, const Tensor& w, const Tensor& x, in
 
 // What both operators are given, checked, and in the form that kernels read.
 struct Layer {
-  Tensor x, w1, w2, w3, offsets, weights, row_slot, slot_row;  // row_slot, slot_row undefined: x is rows
+  Tensor x, w1, w2, w3, offsets, row_slot, slot_row;  // row_slot, slot_row undefined: x is rows
+  std::optional<Tensor> weights;
   bool routed, combine;  // with tokens and a plan; weights multiply the experts' outputs
   Experts experts;
 
@@ -90,7 +91,6 @@ struct Layer {
                type == ScalarType::Half};
   }
 
-  bool weighted() const { return weights.defined(); }
   Tensor matrix_of(int64_t columns) const { return new_empty(x, {experts.rows, columns}); }
 
   Tensor zeros(int64_t count) const {
@@ -100,40 +100,22 @@ struct Layer {
   }
 
   RowWeights row_weights() const {
-    return {weighted() ? weights.const_data_ptr<float>() : nullptr, routed ? row_slot.const_data_ptr<int32_t>() : nullptr};
+    return {weights ? weights->const_data_ptr<float>() : nullptr, routed ? row_slot.const_data_ptr<int32_t>() : nullptr};
   }
 
   // Tokens, or their gradients, as rows.
-  Tensor rows_of(const Tensor& tokens, cudaStream_t stream) const {
-    if (!routed) return readable(tokens);
-    Tensor rows = matrix_of(tokens.size(1));
-    PermuteParams p{};
-    p.x = tokens.const_data_ptr(), p.rows = rows.mutable_data_ptr();
-    p.row_slot = row_slot.const_data_ptr<int32_t>(), p.slot_row = slot_row.const_data_ptr<int32_t>();
-    p.tokens = tokens.size(0), p.row_count = experts.rows, p.dim = tokens.size(1), p.x_stride = tokens.stride(0);
-    p.slots = int(slot_row.size(1)), p.element_size = 2;
-    check_launch(moe_permute(p, stream));
-    return rows;
+  Tensor rows_of(const Tensor& tokens) const {
+    return routed ? permute_tokens(tokens, row_slot, slot_row) : readable(tokens);
   }
 
   // Rows summed over each token's slots; rows themselves where they are what was asked for.
-  Tensor tokens_of(const Tensor& rows, bool weight, cudaStream_t stream) const {
-    if (!routed) {
-      if (experts.rows > 0)
-        check_launch(moe_zero_nobodys({experts.offsets + experts.count, rows.mutable_data_ptr(), experts.rows,
-                                       rows.size(1) * int64_t(2)},
-                                      stream));
-      return rows;
-    }
-    Tensor out = new_empty(x, {slot_row.size(0), rows.size(1)});
-    CombineParams p{};
-    p.rows = rows.const_data_ptr(), p.slot_row = slot_row.const_data_ptr<int32_t>();
-    p.weights = weight && weighted() ? weights.const_data_ptr() : nullptr;
-    p.out = out.mutable_data_ptr();
-    p.tokens = slot_row.size(0), p.row_count = experts.rows, p.dim = rows.size(1), p.rows_stride = rows.stride(0);
-    p.slots = int(slot_row.size(1)), p.dtype = experts.half ? DType::float16 : DType::bfloat16;
-    check_launch(moe_combine(p, stream));
-    return out;
+  Tensor tokens_of(const Tensor& rows, const std::optional<Tensor>& factors, cudaStream_t stream) const {
+    if (routed) return combine_rows(rows, slot_row, factors);
+    if (experts.rows > 0)
+      check_launch(moe_zero_nobodys({experts.offsets + experts.count, rows.mutable_data_ptr(), experts.rows,
+                                     rows.size(1) * int64_t(2)},
+                                    stream));
+    return rows;
   }
 };
 
@@ -153,13 +135,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
   if (e.rows > 0) {
     Tensor a = layer.matrix_of(e.hidden);
     {
-      const Tensor rows = layer.rows_of(x, stream);
+      const Tensor rows = layer.rows_of(x);
       const RowWeights scores = layer.combine ? RowWeights{} : layer.row_weights();
       check_launch(moe_up({e, claimed, matrix(rows), weights_of(layer.w1), weights_of(layer.w3), scores, matrix(h), matrix(a)}, stream));
     }
     check_launch(moe_down({e, claimed + 1, matrix(a), weights_of(layer.w2), matrix(y)}, stream));
   }
-  return {layer.tokens_of(y, layer.combine, stream), h};
+  return {layer.tokens_of(y, layer.combine ? layer.weights : std::nullopt, stream), h};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -187,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       Tensor dw = gradient_of(w);
       return torch::stable::zero_(dw);
     };
-    return {layer.tokens_of(layer.matrix_of(e.dim), false, stream), dweights, zeros(w1), zeros(w2), zeros(w3)};
+    return {layer.tokens_of(layer.matrix_of(e.dim), std::nullopt, stream), dweights, zeros(w1), zeros(w2), zeros(w3)};
   }
 
   // In an order that keeps few tensors of the rows' size alive at once.
@@ -195,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   int32_t* const claimed = claims.mutable_data_ptr<int32_t>();
   Tensor dh = layer.matrix_of(2 * e.hidden), dw2;
   {
-    const Tensor dy = layer.rows_of(dout, stream);
+    const Tensor dy = layer.rows_of(dout);
     Tensor a = layer.matrix_of(e.hidden);
     check_launch(moe_down_backward({e, claimed, matrix(dy), weights_of(layer.w2), matrix(readable_h), layer.row_weights(), matrix(dh),
                                     matrix(a), weights ? dweights.mutable_data_ptr<float>() : nullptr},
@@ -207,9 +189,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   {
     Tensor drows = layer.matrix_of(e.dim);
     check_launch(moe_up_backward({e, claimed + 2, matrix(dh), weights_of(layer.w1), weights_of(layer.w3), matrix(drows)}, stream));
-    dx = layer.tokens_of(drows, false, stream);
+    dx = layer.tokens_of(drows, std::nullopt, stream);
   }
-  const Tensor rows = layer.rows_of(x, stream);
+  const Tensor rows = layer.rows_of(x);
   Tensor dw1 = gradient_of(w1), dw3 = gradient_of(w3);
   check_launch(moe_weight_gradient_up({e, claimed + 3, matrix(dh), matrix(rows), dw1.mutable_data_ptr(), dw3.mutable_data_ptr()}, stream));
   return {dx, dweights, dw1, dw2, dw3};

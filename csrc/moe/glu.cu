@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(256) glu_backward_kernel(GluBackwardParams p) 
     *reinterpret_cast<Pack<T, N>*>(dup + column) = of_up;
   }
   if (!dweight) return;
-  // The same tree of sums whatever the launch: repeats bitwise.
-  for (int offset = 16; offset > 0; offset /= 2) product += __shfl_xor_sync(0xffffffff, product, offset);
+  product = warp_sum(product);
   if (threadIdx.x == 0) *dweight = product;
 }
 

@@ -212,11 +212,5 @@ CUtensorMap weights_map(const char* name, const Weights& w, int64_t experts, int
                     {{columns, 64, 2}, {rows, box, w.row_stride * 2}, {experts, 1, w.expert_stride * 2}});
 }
 
-inline cudaError_t multiprocessors(int& count) {
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-}
-
 }  // namespace
 }  // namespace flashmoe

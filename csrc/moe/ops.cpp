@@ -10,6 +10,7 @@
 
 #include "binding.h"
 #include "moe/moe.h"
+#include "moe/operators.h"
 
 namespace flashmoe {
 namespace {
@@ -175,7 +176,9 @@ Tensor topk_backward(const Tensor& dweights, const std::optional<Tensor>& dscore
   return dlogits;
 }
 
-Tensor permute(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row) {
+}  // namespace
+
+Tensor permute_tokens(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row) {
   check_matrix("x", x);
   check_indices("row_slot", row_slot, 1, x);
   check_indices("slot_row", slot_row, 2, x);
@@ -196,7 +199,7 @@ Tensor permute(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row) 
   return rows;
 }
 
-Tensor combine(const Tensor& rows, const Tensor& slot_row, const std::optional<Tensor>& weights) {
+Tensor combine_rows(const Tensor& rows, const Tensor& slot_row, const std::optional<Tensor>& weights) {
   check_matrix("rows", rows);
   check_indices("slot_row", slot_row, 2, rows);
   if (weights) check_weights(*weights, slot_row, rows);
@@ -215,6 +218,8 @@ Tensor combine(const Tensor& rows, const Tensor& slot_row, const std::optional<T
   check_launch(moe_combine(p, current_stream(rows)));
   return out;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> combine_backward(const Tensor& dout, const Tensor& rows, const Tensor& slot_row,
                                             const Tensor& weights) {
@@ -327,7 +332,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   m.impl("router_topk_backward", TORCH_BOX(&flashmoe::topk_backward));
   m.impl("moe_glu", TORCH_BOX(&flashmoe::glu));
   m.impl("moe_glu_backward", TORCH_BOX(&flashmoe::glu_backward));
-  m.impl("moe_permute", TORCH_BOX(&flashmoe::permute));
-  m.impl("moe_combine", TORCH_BOX(&flashmoe::combine));
+  m.impl("moe_permute", TORCH_BOX(&flashmoe::permute_tokens));
+  m.impl("moe_combine", TORCH_BOX(&flashmoe::combine_rows));
   m.impl("moe_combine_backward", TORCH_BOX(&flashmoe::combine_backward));
 }

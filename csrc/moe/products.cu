@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(256) glu_backward_kernel(MoEDownBackwardParams
     store(dh, dgate);
     store(dh + n, dup);
   }
-  for (int offset = 16; offset > 0; offset /= 2) product += __shfl_xor_sync(0xffffffff, product, offset);
+  product = warp_sum(product);
   if (threadIdx.x == 0 && p.dweights && slot >= 0) p.dweights[slot] = product;
 }
 

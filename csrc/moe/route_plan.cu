@@ -11,8 +11,6 @@
 namespace flashmoe {
 namespace {
 
-constexpr unsigned ALL = 0xffffffff;  // lanes
-
 constexpr int ITEMS = 4;                      // slots per thread and round
 constexpr int MOST_THREADS = 1024;            // in a block
 constexpr int CHUNK = MOST_THREADS * ITEMS;   // chunks are multiples of it

@@ -16,7 +16,6 @@
 namespace flashmoe {
 namespace {
 
-constexpr unsigned ALL = 0xffffffff;  // lanes
 constexpr double EPSILON = 1e-20;     // of the renormalisation
 constexpr int LANE_EXPERTS = 16;      // at most, in registers
 constexpr int BLOCKS = 512;           // about a wave; each writes statistics that have to be summed
@@ -44,11 +43,6 @@ __device__ double number(long long key) { return __longlong_as_double(key ^ (key
 
 // ------------------------------------------------------------------------------------------------------ over the lanes
 
-template <typename Sum>
-__device__ Sum warp_sum(Sum x) {  // the same tree whatever the launch
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
-  return x;
-}
 // Of `lanes` neighbours, a power of two.
 __device__ float sum_of(int lanes, float x) {
   for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);

@@ -31,6 +31,15 @@ constexpr dim3 WARPS(32, 8);
 
 inline unsigned blocks(int64_t warps) { return unsigned((warps + WARPS.y - 1) / WARPS.y); }
 
+constexpr unsigned ALL = 0xffffffff;  // lanes
+
+// Over the lanes of a warp, by the same tree whatever the launch: repeats bitwise. All get the result.
+template <typename Sum>
+__device__ Sum warp_sum(Sum x) {
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
+  return x;
+}
+
 // One warp zeros columns begin ... end of those of 32 rows, from `first` on, whose bits are set in `nobodys`: as a rule
 // none are.
 template <typename Unit>

@@ -10,7 +10,7 @@ STUDY = replace(
         64,
         {
             "now": (),
-            "large_tiles": (("SMALLEST_TILE) <= multiprocessors", "SMALLEST_TILE) <= 0"),),
+            "large_tiles": (("SMALLEST_TILE) <= most_blocks", "SMALLEST_TILE) <= 0"),),
             "keys_64": (("Sizes<T, D, V, SMALLEST_TILE, STEP>>", "Sizes<T, D, V, SMALLEST_TILE, 64>>"),),
         },
     ),

@@ -1,0 +1,13 @@
+// Operators on CUDA that others are made of: as if called through the dispatcher, with its checks.
+#pragma once
+
+#include <optional>
+
+#include "binding.h"
+
+namespace flashmoe {
+
+Tensor permute_tokens(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row);
+Tensor combine_rows(const Tensor& rows, const Tensor& slot_row, const std::optional<Tensor>& weights);
+
+}  // namespace flashmoe
