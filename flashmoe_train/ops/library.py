@@ -42,6 +42,7 @@ COMPILED = frozenset(
 
 # Compute capability of the GPUs that the kernels for tensor cores are compiled for: sm_90a runs on no other.
 HOPPER = "9.0"
+TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 
 # Operators are functional and safe under torch.compile; the compiler may not reorder the strides it hands them.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -101,6 +102,16 @@ def differentiable_once(op: str) -> None:
         raise NotImplementedError(f"flashmoe::{op} has no gradient: the operators can be differentiated once")
 
     torch.library.register_autograd(f"flashmoe::{op}", refuse, lib=LIBRARY)
+
+
+def refused_by_tensor_cores(takes: str, capability: str | None, dtype: torch.dtype) -> str | None:
+    """None if a GPU and a dtype are those of the kernels for tensor cores, else the reason, which begins with what
+    `takes` says: "the attention kernel takes"."""
+    if capability != HOPPER:
+        return f"{takes} GPUs of compute capability {HOPPER} (Hopper), found {capability}"
+    if dtype not in TENSOR_CORE_DTYPES:
+        return f"{takes} {' and '.join(map(str, TENSOR_CORE_DTYPES))}, found {dtype}"
+    return None
 
 
 def runs(unsupported: str | None, device_type: str) -> str:

@@ -26,6 +26,12 @@ def forward_backward(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]
     return out.detach(), *torch.autograd.grad(out, inputs, dout)
 
 
+def inside(shape: tuple[int, ...], index: tuple, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Random numbers in a part of a tensor on the GPU, and NaN around them."""
+    view = torch.full(shape, torch.nan, dtype=dtype, device="cuda")[index]
+    return view.copy_(torch.randn(view.shape, device="cuda"))
+
+
 # Relative error, in the Frobenius norm, of a result that was rounded a few times on the way.
 NORM_ERROR = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 

@@ -35,6 +35,7 @@ from .operators import (
     assert_opcheck,
     captured,
     forward_backward,
+    inside,
     saving,
 )
 
@@ -42,12 +43,6 @@ ops = torch.ops.flashmoe
 pytestmark = ON_HOPPER
 
 # ------------------------------------------------------------------------------------------------ memory and neighbours
-
-
-def inside(shape: tuple[int, ...], index: tuple, dtype: torch.dtype) -> Tensor:
-    """Random numbers in a part of a tensor, and NaN around them."""
-    view = torch.full(shape, torch.nan, dtype=dtype, device="cuda")[index]
-    return view.copy_(torch.randn(view.shape, device="cuda"))
 
 
 def everything(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

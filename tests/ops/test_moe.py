@@ -13,7 +13,7 @@ from flashmoe_train.ops.moe import MoECase, fallback, moe_combine, moe_permute, 
 
 from .moe_cases import CASES, Case, oracle
 from .moe_gpu import exact
-from .operators import CountOperators, assert_close_in_norm, assert_opcheck, chooser, forward_backward, saving
+from .operators import CountOperators, assert_close_in_norm, assert_opcheck, captured, chooser, forward_backward, saving
 
 ops = torch.ops.flashmoe
 NAMES = ("out", "dx", "dw1", "dw2", "dw3", "dweights")
@@ -84,13 +84,7 @@ def test_cuda_graph_of_the_fallback_replays_another_routing() -> None:
     case = Case(tokens=64)
     x, w1, w2, w3, weights = (t.detach() for t in case.tensors(torch.bfloat16, "cuda"))
     ids = case.ids("cuda")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # warm up outside the capture
-        run_fallback(x, w1, w2, w3, weights, ids, "combine")
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run_fallback(x, w1, w2, w3, weights, ids, "combine")
+    graph, (out,) = captured(lambda: (run_fallback(x, w1, w2, w3, weights, ids, "combine"),))
     ids.copy_(Case(tokens=64, routing="skipped").ids("cuda"))
     graph.replay()
     assert_close_in_norm("out", out, oracle(x, w1, w2, w3, weights, ids))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashmoe_train.ops.moe.glu import moe_glu
 
-from .operators import CountOperators, assert_close_in_norm, assert_opcheck, chooser
+from .operators import CountOperators, assert_close_in_norm, assert_opcheck, captured, chooser
 
 ops = torch.ops.flashmoe
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -163,10 +163,7 @@ def test_compiles_replays_and_repeats() -> None:
 
     compiled = torch.compile(lambda gate: moe_glu(gate * 2, up, offsets, weight).sin(), fullgraph=True)
     torch.testing.assert_close(compiled(gate), moe_glu(gate * 2, up, offsets, weight).sin())
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
+    graph, found = captured(run)
     for used in (0, 512, 100):
         offsets.copy_(torch.tensor([0, used // 2, used]))
         graph.replay()

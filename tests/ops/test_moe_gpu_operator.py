@@ -26,6 +26,7 @@ from .operators import (
     assert_opcheck,
     captured,
     forward_backward,
+    inside,
     saving,
 )
 
@@ -47,12 +48,6 @@ def assert_same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ memory and neighbours
-
-
-def inside(shape: tuple[int, ...], index: tuple) -> Tensor:
-    """Random numbers in a part of a tensor, and NaN around them."""
-    view = torch.full(shape, torch.nan, dtype=torch.bfloat16, device="cuda")[index]
-    return view.copy_(torch.randn(view.shape, device="cuda"))
 
 
 def everything(*shape: int) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flashmoe_train.ops.moe import route_plan
 
-from .operators import CountOperators, assert_opcheck, chooser
+from .operators import CountOperators, assert_opcheck, captured, chooser
 
 ops = torch.ops.flashmoe
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -139,10 +139,7 @@ def test_repeats_bitwise_without_sync() -> None:
 @pytest.mark.parametrize("tokens", [100, 8192])
 def test_replays_in_a_cuda_graph(tokens: int) -> None:
     ids = torch.zeros(tokens, 8, device="cuda", dtype=torch.int32)
-    route_plan(ids, 64)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = route_plan(ids, 64)
+    graph, found = captured(lambda: route_plan(ids, 64))
     for _ in range(3):
         ids.copy_(torch.randint(-1, 66, ids.shape))
         graph.replay()

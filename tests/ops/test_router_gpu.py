@@ -10,7 +10,7 @@ from torch import Tensor
 from flashmoe_train.ops.moe import Routing, router_topk
 from flashmoe_train.ops.moe.router import SCORE_FUNCTIONS, _backward, _forward
 
-from .operators import chooser
+from .operators import captured, chooser
 
 ops = torch.ops.flashmoe
 pytestmark = pytest.mark.gpu
@@ -189,10 +189,7 @@ def test_replays_in_a_cuda_graph() -> None:
         routing = ops.router_topk(logits, None, 8, "sigmoid", True, 1.0, 4, 2, 2)
         return *routing, ops.router_topk_backward(dweights, None, logits, routing[1], "sigmoid", True, 1.0, 2)
 
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
+    graph, found = captured(run)
     for _ in range(3):
         logits.copy_(torch.randn(logits.shape))
         graph.replay()

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from flashmoe_train.ops.attention import fallback
-from flashmoe_train.ops.attention.checks import KERNEL_DTYPES, KERNEL_HEAD_DIMS, check, check_window, copies
+from flashmoe_train.ops.attention.checks import KERNEL_HEAD_DIMS, check, check_window, copies
 from flashmoe_train.ops.attention.operator import attention_forward
-from flashmoe_train.ops.library import HOPPER, capability, has_kernel
+from flashmoe_train.ops.library import capability, has_kernel, refused_by_tensor_cores
 
 __all__ = ["AttentionCase", "attention", "copies", "supports"]
 
@@ -112,10 +112,8 @@ def supports(case: AttentionCase, *, complete: bool = False) -> str | None:
     if not has_kernel("attention_forward", case.device_type, complete):
         return f"this installation has no compiled attention kernel for device type {case.device_type!r}"
     takes = "the attention kernel takes"
-    if case.capability != HOPPER:
-        return f"{takes} GPUs of compute capability {HOPPER} (Hopper), found {case.capability}"
-    if case.dtype not in KERNEL_DTYPES:
-        return f"{takes} {' and '.join(map(str, KERNEL_DTYPES))}, found {case.dtype}"
+    if (reason := refused_by_tensor_cores(takes, case.capability, case.dtype)) is not None:
+        return reason
     # One comparison at a time: of `in`, torch.compile with a symbolic head_dim makes a formula that it never solves.
     if not any(case.head_dim == d and case.head_dim_v == v for d, v in KERNEL_HEAD_DIMS):
         allowed = ", ".join(f"{d}/{v}" for d, v in KERNEL_HEAD_DIMS)

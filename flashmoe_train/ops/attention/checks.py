@@ -6,7 +6,6 @@ from torch import Tensor
 
 from flashmoe_train.ops.library import accumulation_dtype
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 KERNEL_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # D and V
 
 # The hardware's tensor loads want addresses and strides in multiples of this many bytes, and no stride of 0.

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashmoe_train.ops.attention.checks import KERNEL_DTYPES, KERNEL_HEAD_DIMS, check_backward
+from flashmoe_train.ops.attention.checks import KERNEL_HEAD_DIMS, check_backward
 from flashmoe_train.ops.attention.fallback import in_document
 from flashmoe_train.ops.attention.reference import reference_backward
+from flashmoe_train.ops.library import TENSOR_CORE_DTYPES
 
 aten = torch.ops.aten
 
@@ -38,7 +39,7 @@ def torch_backward(
     Neither waits for the device. What the forward kernel does not take is the reference's.
     """
     check_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
-    if q.dtype not in KERNEL_DTYPES or (q.shape[3], v.shape[3]) not in KERNEL_HEAD_DIMS or softmax_scale <= 0:
+    if q.dtype not in TENSOR_CORE_DTYPES or (q.shape[3], v.shape[3]) not in KERNEL_HEAD_DIMS or softmax_scale <= 0:
         return reference_backward(
             dout, q, k, v, out, lse, softmax_scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k, deterministic
         )

@@ -19,11 +19,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import HOPPER, capability, has_kernel
+from flashmoe_train.ops.library import capability, has_kernel, refused_by_tensor_cores
 from flashmoe_train.ops.moe import fallback
 from flashmoe_train.ops.moe.checks import (
     KERNEL_ALIGNMENT,
-    KERNEL_DTYPES,
     KERNEL_MOST_EXPERTS,
     check,
     check_experts,
@@ -84,8 +83,8 @@ def moe(
     """
     check_routing(x, w1, ids)
     plan = route_plan(ids, w1.shape[0])
+    check(x, w1, w2, w3, weights, *plan, score_mode)  # the compiled code's own errors are RuntimeErrors
     if supports(MoECase.of(x, w1)) is None:
-        check(x, w1, w2, w3, weights, *plan, score_mode)  # the compiled code's own errors are RuntimeErrors
         return moe_forward(x, w1, w2, w3, weights, *plan, score_mode)[0]
     return fallback.moe(x, w1, w2, w3, weights, plan, score_mode)
 
@@ -110,8 +109,8 @@ def moe_rows(
             The values of offsets are checked on the CPU only: reading them would make a GPU wait.
     """
     check_experts(w1)
+    check(rows, w1, w2, w3, weights, offsets, None, None, "activation")
     if supports(MoECase.of(rows, w1)) is None:
-        check(rows, w1, w2, w3, weights, offsets, None, None, "activation")
         return moe_forward(rows, w1, w2, w3, weights, offsets, None, None, "activation")[0]
     return fallback.moe_rows(rows, w1, w2, w3, offsets, weights)
 
@@ -142,10 +141,8 @@ def supports(case: MoECase, *, complete: bool = False) -> str | None:
     if not has_kernel("moe_forward", case.device_type, complete):
         return f"this installation has no compiled mixture-of-experts kernel for device type {case.device_type!r}"
     takes = "the mixture-of-experts kernels take"
-    if case.capability != HOPPER:
-        return f"{takes} GPUs of compute capability {HOPPER} (Hopper), found {case.capability}"
-    if case.dtype not in KERNEL_DTYPES:
-        return f"{takes} {' and '.join(map(str, KERNEL_DTYPES))}, found {case.dtype}"
+    if (reason := refused_by_tensor_cores(takes, case.capability, case.dtype)) is not None:
+        return reason
     for name, dim in (("model dim", case.dim), ("hidden dim", case.hidden_dim)):
         if dim < 1 or dim % KERNEL_ALIGNMENT != 0:
             return f"{takes} a {name} that is a multiple of {KERNEL_ALIGNMENT}, found {dim}"

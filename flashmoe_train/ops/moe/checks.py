@@ -10,7 +10,6 @@ from flashmoe_train.ops.library import accumulation_dtype
 SCORE_MODES = ("combine", "activation")
 
 # What the compiled kernels take.
-KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 KERNEL_ALIGNMENT = 8  # d and n are multiples of it: 16 bytes
 KERNEL_MOST_EXPERTS = 4096
 
@@ -40,14 +39,14 @@ def check_indices(name: str, x: Tensor, rank: int, device: torch.device) -> None
         raise ValueError(f"{name} must be on {device}, found {x.device}")
 
 
-def check_weights(weights: Tensor, shape: Sequence[int], x: Tensor) -> None:
+def check_weights(weights: Tensor, shape: Sequence[int], x: Tensor, name: str = "weights") -> None:
     """Raises unless `weights` are of `shape`, on x's device and float32 (float64 beside float64 x)."""
     if list(weights.shape) != list(shape):
-        raise ValueError(f"weights must be {list(shape)}, found {list(weights.shape)}")
+        raise ValueError(f"{name} must be {list(shape)}, found {list(weights.shape)}")
     if weights.dtype != accumulation_dtype(x.dtype):
-        raise TypeError(f"weights must be {accumulation_dtype(x.dtype)} beside {x.dtype}, found {weights.dtype}")
+        raise TypeError(f"{name} must be {accumulation_dtype(x.dtype)} beside {x.dtype}, found {weights.dtype}")
     if weights.device != x.device:
-        raise ValueError(f"weights must be on {x.device}, found {weights.device}")
+        raise ValueError(f"{name} must be on {x.device}, found {weights.device}")
 
 
 def check_experts(w1: Tensor) -> None:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashmoe_train.ops.moe.checks import check
 from flashmoe_train.ops.moe.glu import moe_glu
 from flashmoe_train.ops.moe.plan import RoutePlan
 from flashmoe_train.ops.moe.rows import moe_combine, moe_permute
@@ -17,8 +16,7 @@ _ALIGNMENT = 8  # elements: 16 bytes of the 2-byte types
 
 
 def moe(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weights: Tensor, plan: RoutePlan, score_mode: str) -> Tensor:
-    """`flashmoe_train.ops.moe.moe` for a given plan."""
-    check(x, w1, w2, w3, weights, plan.offsets, plan.row_slot, plan.slot_row, score_mode)
+    """`flashmoe_train.ops.moe.moe` for a given plan, of arguments that it has checked."""
     rows = moe_permute(x, plan.row_slot, plan.slot_row)
     if score_mode == "combine":
         return moe_combine(_experts(rows, w1, w2, w3, plan.offsets, None), plan.slot_row, weights)
@@ -27,8 +25,7 @@ def moe(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weights: Tensor, plan: Ro
 
 
 def moe_rows(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-    """`flashmoe_train.ops.moe.moe_rows`."""
-    check(rows, w1, w2, w3, weights, offsets, None, None, "activation")
+    """`flashmoe_train.ops.moe.moe_rows`, of arguments that it has checked."""
     # Both masks are for the caller: the first of the gradient of rows, the second of the result and of its gradient.
     belongs = (torch.arange(rows.shape[0], device=rows.device) < offsets[-1])[:, None]
     return torch.where(belongs, _experts(torch.where(belongs, rows, 0), w1, w2, w3, offsets, weights), 0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype, differentiable_once, implement
-from flashmoe_train.ops.moe.checks import check_indices, check_matrix
+from flashmoe_train.ops.moe.checks import check_indices, check_matrix, check_weights
 
 LIBRARY.define("moe_glu(Tensor gate, Tensor up, Tensor offsets, Tensor? row_weight) -> Tensor out", tags=TAGS)
 LIBRARY.define(
@@ -41,15 +41,8 @@ def _check(gate: Tensor, up: Tensor, offsets: Tensor, row_weight: Tensor | None)
     check_indices("offsets", offsets, 1, gate.device)
     if offsets.shape[0] < 1:
         raise ValueError(f"offsets must be [experts + 1], found {list(offsets.shape)}")
-    if row_weight is None:
-        return
-    wide = accumulation_dtype(gate.dtype)
-    if list(row_weight.shape) != [gate.shape[0]]:
-        raise ValueError(f"row_weight must be [{gate.shape[0]}], found {list(row_weight.shape)}")
-    if row_weight.dtype != wide:
-        raise TypeError(f"row_weight must be {wide} beside {gate.dtype}, found {row_weight.dtype}")
-    if row_weight.device != gate.device:
-        raise ValueError(f"row_weight must be on {gate.device}, found {row_weight.device}")
+    if row_weight is not None:
+        check_weights(row_weight, gate.shape[:1], gate, "row_weight")
 
 
 def _check_like_gate(name: str, x: Tensor, gate: Tensor) -> None:
