@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include <cuda.h>
+
 #include "attention/attention.h"
 #include "attention/softmax.cuh"
 #include "attention/tiles.cuh"
@@ -45,6 +47,15 @@ struct Sizes {
 
 constexpr int SMALLEST_TILE = 64;  // in queries: the workspace has room for so many tiles
 constexpr int TILES = 3;           // that somebody is at work on: the producer, and consumers between two
+
+// What the kernel is given.
+struct Work : Schedule {
+  CUtensorMap q, k, v;  // columns, heads, rows, batch
+  void* out;
+  float* lse;
+  AttentionStrides out_strides;
+  float scale;  // times log2(e)
+};
 
 enum BarrierId { WARPGROUP = 1, TURN = 4 };  // named barriers: one for each consumer
 
@@ -88,19 +99,19 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
   const auto load_k = [&](const Tile& tile, int i) {
     shared.k_ring.acquire(k_step);
     load_tile(shared.k[k_step.stage], &w.k, shared.k_ring.full[k_step.stage], S::KEYS, S::WIDTH, tile.kv_head,
-              tile.first_key + i * S::KEYS, tile.batch, Keep::longest);
+              tile.first_column + i * S::KEYS, tile.batch, Keep::longest);
     k_step.next();
   };
   const auto load_v = [&](const Tile& tile, int i) {
     shared.v_ring.acquire(v_step);
     load_tile(shared.v[v_step.stage], &w.v, shared.v_ring.full[v_step.stage], S::KEYS, S::WIDTH_V,
-              tile.kv_head, tile.first_key + i * S::KEYS, tile.batch, Keep::longest);
+              tile.kv_head, tile.first_column + i * S::KEYS, tile.batch, Keep::longest);
     v_step.next();
   };
   const auto begin = [&](const Tile& tile) {
     shared.q_ring.acquire(q_step);
     load_tile(shared.q[q_step.stage], &w.q, shared.q_ring.full[q_step.stage], S::QUERIES, S::WIDTH, tile.head,
-              tile.first_query + tile.query, tile.batch, Keep::briefly);
+              tile.first_row + tile.row, tile.batch, Keep::briefly);
     q_step.next();
     load_k(tile, tile.end - 1);
   };
@@ -176,7 +187,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
   // Whether the last step of a tile is one that other warpgroups see and this one does not.
   static_assert(S::QUERIES - 64 <= S::KEYS, "there might be two such steps");
   const auto last_unseen = [&](const Tile& tile) {
-    const int last = min(tile.query + warpgroup * 64 + 64, tile.queries) - 1;
+    const int last = min(tile.row + warpgroup * 64 + 64, tile.rows) - 1;
     return tile.end - tile.begin > 1 && band_of(w, tile, last).end <= (tile.end - 1) * S::KEYS;
   };
   const auto release_k = [&] {
@@ -221,18 +232,18 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
     const Tile& tile = shared.tiles[tile_step.stage];
     const bool unseen = last_unseen(tile);
     const int begin = tile.begin, end = tile.end - unseen;
-    const int row = tile.query + warpgroup * 64 + fragment_row(thread);
+    const int row = tile.row + warpgroup * 64 + fragment_row(thread);
     const Band seen[2] = {band_of(w, tile, row), band_of(w, tile, row + 8)};
     // Steps that all queries of this warpgroup see all of.
-    const int first_whole = (band_of(w, tile, tile.query + warpgroup * 64 + 63).begin + S::KEYS - 1) / S::KEYS;
-    const int end_whole = band_of(w, tile, tile.query + warpgroup * 64).end / S::KEYS;
+    const int first_whole = (band_of(w, tile, tile.row + warpgroup * 64 + 63).begin + S::KEYS - 1) / S::KEYS;
+    const int end_whole = band_of(w, tile, tile.row + warpgroup * 64).end / S::KEYS;
     const auto is_whole = [&](int i) { return i >= first_whole && i < end_whole; };
-    Softmax softmax{w.scale, {row < tile.queries ? 0 : NAN, row + 8 < tile.queries ? 0 : NAN}};
+    Softmax softmax{w.scale, {row < tile.rows ? 0 : NAN, row + 8 < tile.rows ? 0 : NAN}};
 
     if (unseen) skip_v();
-    if (w.query_bounds && tile.keys < end * S::KEYS) {
+    if (w.row_bounds && tile.columns < end * S::KEYS) {
       shared.v_ring.wait(v_step);
-      clear_rows<S>(shared.v[v_step.stage], tile.keys - (end - 1) * S::KEYS, thread, WARPGROUP + warpgroup);
+      clear_rows<S>(shared.v[v_step.stage], tile.columns - (end - 1) * S::KEYS, thread, WARPGROUP + warpgroup);
     }
     wgmma_wait<0>();
     pin(s);
@@ -276,7 +287,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
     };
     // Loops of their own: a question in one of them would cost 2 to 3 %.
     for (int i = end - 2; i >= begin;) {
-      for (; i >= begin && tile.query + warpgroup * 64 >= tile.queries; --i) skip_k(), skip_v();  // no queries here
+      for (; i >= begin && tile.row + warpgroup * 64 >= tile.rows; --i) skip_k(), skip_v();  // no queries here
       for (; i >= begin && !is_whole(i); --i) both(i, std::true_type());
       for (; i >= begin && i >= first_whole; --i) both(i, std::false_type());
     }
@@ -300,19 +311,19 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = quad_sum(softmax.sum[r]), inverse = sum > 0 ? 1 / sum : 0;
-      const int query = tile.query + warpgroup * 64 + fragment_row(thread) + 8 * r;
-      if (query < tile.queries && thread % 4 == 0)
-        w.lse[(int64_t(tile.batch) * w.heads + tile.head) * w.queries + tile.first_query + query] =
+      const int query = tile.row + warpgroup * 64 + fragment_row(thread) + 8 * r;
+      if (query < tile.rows && thread % 4 == 0)
+        w.lse[(int64_t(tile.batch) * w.heads + tile.head) * w.rows + tile.first_row + query] =
             softmax.shift[r] * 0.69314718f + __logf(sum);
       T* out = static_cast<T*>(w.out) + tile.batch * w.out_strides.batch + tile.head * w.out_strides.head +
-               (tile.first_query + query) * w.out_strides.row + thread % 4 * 8;
+               (tile.first_row + query) * w.out_strides.row + thread % 4 * 8;
 #pragma unroll
       for (int j = 0; j < S::DIM_V / 2; j += 16) {  // 32 columns
         uint32_t pairs[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) pairs[i] = pack<T>(o[j + 4 * i + 2 * r] * inverse, o[j + 4 * i + 2 * r + 1] * inverse);
         const uint4 eight = quad_transpose(pairs);
-        if (query < tile.queries) *reinterpret_cast<uint4*>(out + j * 2) = eight;
+        if (query < tile.rows) *reinterpret_cast<uint4*>(out + j * 2) = eight;
       }
     }
     __syncwarp();
@@ -359,14 +370,16 @@ CUtensorMap map_of(const char* name, const void* base, MapElement element, Atten
 template <typename S>
 cudaError_t launch_forward(const AttentionForwardParams& p, int most_blocks, cudaStream_t stream) {
   const MapElement element = p.type == AttentionType::float16 ? MAP_FLOAT16 : MAP_BFLOAT16;
-  Work w = work_of(p, S::QUERIES, (S::DIM + S::DIM_V) * element.bytes);
+  const int64_t key_bytes = (S::DIM + S::DIM_V) * element.bytes;
+  Work w{schedule_of(p, p.workspace, false, p.heads, S::QUERIES, p.keys * key_bytes)};
+  w.out = p.out, w.lse = p.lse, w.out_strides = p.out_strides;
   w.q = map_of("q", p.q, element, p.q_strides, p.batch, p.queries, p.heads, p.dim, S::QUERIES);
   w.k = map_of("k", p.k, element, p.k_strides, p.batch, p.keys, p.kv_heads, p.dim, S::KEYS);
   w.v = map_of("v", p.v, element, p.v_strides, p.batch, p.keys, p.kv_heads, p.dim_v, S::KEYS);
   w.scale = p.scale * 1.44269504f;
 
-  if (const cudaError_t error = plan_tiles(w, p.documents, S::QUERIES, S::KEYS, stream)) return error;
-  const int64_t tiles = int64_t(w.rows) * w.tiles_per_row;
+  if (const cudaError_t error = plan_tiles(w, S::QUERIES, S::KEYS, stream)) return error;
+  const int64_t tiles = int64_t(w.strips) * w.tiles_per_strip;
   const int blocks = int(std::min<int64_t>(tiles, most_blocks));
   return launch(forward_kernel<S>, {dim3(blocks), dim3(S::THREADS), sizeof(Shared<S>), stream}, w);
 }
@@ -376,7 +389,7 @@ template <typename T, int D, int V, int TILE, int STEP>
 cudaError_t forward(const AttentionForwardParams& p, cudaStream_t stream) {
   int most_blocks = 0;
   if (const cudaError_t error = multiprocessors(most_blocks)) return error;
-  if (int64_t(p.batch) * p.heads * tiles_of_row(p, SMALLEST_TILE) <= most_blocks)
+  if (int64_t(p.batch) * p.heads * tiles_of_strip(p, p.queries, SMALLEST_TILE) <= most_blocks)
     return launch_forward<Sizes<T, D, V, SMALLEST_TILE, STEP>>(p, most_blocks, stream);
   return launch_forward<Sizes<T, D, V, TILE, STEP>>(p, most_blocks, stream);
 }
@@ -400,7 +413,7 @@ cudaError_t forward_of(const AttentionForwardParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t attention_forward_workspace(const AttentionForwardParams& p) { return workspace_bytes(p, SMALLEST_TILE); }
+int64_t attention_forward_workspace(const AttentionForwardParams& p) { return list_bytes(p, p.queries, SMALLEST_TILE); }
 
 cudaError_t attention_forward(const AttentionForwardParams& p, cudaStream_t stream) {
   if (p.keys < 1 || p.keys > ATTENTION_LONGEST || p.queries > ATTENTION_LONGEST || p.kv_heads < 1 ||

@@ -1,13 +1,14 @@
-// The tiles of an attention kernel: of which queries and keys each is, and in what order blocks come to them.
+// The tiles of an attention kernel: of which rows and columns of the scores each is, and in what order blocks come to them.
 //
-// Tiles are taken one by one by whoever is free, the longest first where they differ, so that blocks end at the same time.
-// Of packed documents nobody knows on the host how many tiles there are: a kernel of one block lists them first.
+// A head's scores have a row for every query and a column for every key. Forward takes tiles of rows and walks over columns.
+// Backward takes the scores transposed: its rows are keys, its columns queries, and left and right of the window change
+// places. Tiles are taken one by one by whoever is free, the longest first where they differ, so that blocks end at the same
+// time. Of packed documents nobody knows on the host how many tiles there are: a kernel of one block lists them first.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include "attention/attention.h"
@@ -15,13 +16,12 @@
 namespace flashmoe {
 namespace {
 
-constexpr int64_t CACHED = 32 << 20;  // bytes of k and v that the tiles under way may share: of 50 MB of L2
+constexpr int64_t CACHED = 32 << 20;  // bytes that the tiles under way may share: of 50 MB of L2
 
 // A tile in its document; a batch entry that is not packed is one.
 struct ListedTile {
-  int query;  // the first
-  int first_query, queries;  // the document's
-  int first_key, keys;
+  int row;  // the first
+  int document, first_row, rows, first_column, columns;
 };
 
 struct TileList {
@@ -30,65 +30,63 @@ struct TileList {
   ListedTile tiles[];
 };
 
-// What a kernel is given.
-struct Work {
-  CUtensorMap q, k, v;  // columns, heads, rows, batch
-  void* out;
-  float* lse;
-  const int32_t *query_bounds, *key_bounds;
+// What a kernel is told of its tiles.
+struct Schedule {
+  const int32_t *row_bounds, *column_bounds;
   TileList* list;
-  AttentionStrides out_strides;
-  int rows, queries, keys, heads, group;  // rows: batch * heads; group: heads that share k and v
+  int rows, columns, documents;
+  int strips, heads, group;  // strips: batch * heads; group: heads that share k and v
   int left, right;
-  int tiles_per_row, rows_together;  // of packed documents tiles_per_row is an upper bound
-  float scale;                       // times log2(e)
+  int tiles_per_strip, strips_together;  // of packed documents tiles_per_strip is an upper bound
   bool dynamic;
 };
 
 struct Tile : ListedTile {
   int head, kv_head, batch;
-  int begin, end;  // the steps that any of its queries sees, never none; end 0: there is no tile any more
+  int begin, end;  // the steps that any of its rows sees, never none; end 0: there is no tile any more
 };
 
 struct Band {
   int begin, end;
 };
 
-// The keys that a query sees, if any.
-__device__ __forceinline__ Band band_of(const Work& w, const ListedTile& tile, int query) {
-  const int position = query + tile.keys - tile.queries;
-  return {w.left < 0 ? 0 : max(0, position - w.left),
-          w.right < 0 ? tile.keys : max(0, min(tile.keys, position + w.right + 1))};
+// The columns that a row sees, if any.
+__device__ __forceinline__ Band band_of(const Schedule& s, const ListedTile& tile, int row) {
+  const int position = row + tile.columns - tile.rows;
+  return {s.left < 0 ? 0 : max(0, position - s.left),
+          s.right < 0 ? tile.columns : max(0, min(tile.columns, position + s.right + 1))};
 }
 
-// Steps that the queries of a tile see. One where they see none: everything in it is masked.
-__device__ __forceinline__ void set_steps(const Work& w, Tile& tile, int tile_queries, int step_keys) {
-  const int last = min(tile.query + tile_queries, tile.queries) - 1;
-  tile.end = max(1, (band_of(w, tile, last).end + step_keys - 1) / step_keys);
-  tile.begin = min(band_of(w, tile, tile.query).begin / step_keys, tile.end - 1);
+// Steps that the rows of a tile see. One where they see none: everything in it is masked.
+__device__ __forceinline__ void set_steps(const Schedule& s, Tile& tile, int tile_rows, int step_columns) {
+  const int last = min(tile.row + tile_rows, tile.rows) - 1;
+  tile.end = max(1, (band_of(s, tile, last).end + step_columns - 1) / step_columns);
+  tile.begin = min(band_of(s, tile, tile.row).begin / step_columns, tile.end - 1);
 }
 
-// Rows of heads go together, w.rows_together of them, and of those the longest tiles first.
-__device__ inline Tile tile_at(const Work& w, int index, int tile_queries, int step_keys) {
+// Strips go together, s.strips_together of them, and of those the longest tiles first.
+__device__ inline Tile tile_at(const Schedule& s, int index, int tile_rows, int step_columns) {
   Tile tile{};
-  const int per_row = w.query_bounds ? w.list->count : w.tiles_per_row;
-  if (index >= w.rows * per_row) return tile;
-  const int first = index / (w.rows_together * per_row) * w.rows_together;
-  const int together = min(w.rows_together, w.rows - first);
-  index -= first * per_row;
-  if (w.query_bounds)
-    static_cast<ListedTile&>(tile) = w.list->tiles[index / together];
+  const int per_strip = s.row_bounds ? s.list->count : s.tiles_per_strip;
+  if (index >= s.strips * per_strip) return tile;
+  const int first = index / (s.strips_together * per_strip) * s.strips_together;
+  const int together = min(s.strips_together, s.strips - first);
+  index -= first * per_strip;
+  // The last rows see most, unless the window has a left side alone.
+  const int place = s.left >= 0 && s.right < 0 ? index / together : per_strip - 1 - index / together;
+  if (s.row_bounds)
+    static_cast<ListedTile&>(tile) = s.list->tiles[index / together];
   else
-    static_cast<ListedTile&>(tile) = {(per_row - 1 - index / together) * tile_queries, 0, w.queries, 0, w.keys};
-  tile.head = (first + index % together) % w.heads;
-  tile.kv_head = tile.head / w.group;
-  tile.batch = (first + index % together) / w.heads;
-  set_steps(w, tile, tile_queries, step_keys);
+    static_cast<ListedTile&>(tile) = {place * tile_rows, 0, 0, s.rows, 0, s.columns};
+  tile.head = (first + index % together) % s.heads;
+  tile.kv_head = tile.head / s.group;
+  tile.batch = (first + index % together) / s.heads;
+  set_steps(s, tile, tile_rows, step_columns);
   return tile;
 }
 
-__device__ __forceinline__ int next_tile(const Work& w, int index) {
-  return int(gridDim.x) + (w.dynamic ? atomicAdd(&w.list->next, 1) : index);
+__device__ __forceinline__ int next_tile(const Schedule& s, int index) {
+  return int(gridDim.x) + (s.dynamic ? atomicAdd(&s.list->next, 1) : index);
 }
 
 // ------------------------------------------------------------------------------------------------ the list of documents
@@ -96,9 +94,9 @@ __device__ __forceinline__ int next_tile(const Work& w, int index) {
 constexpr int LIST_THREADS = 1024, LENGTHS = 1024;  // LENGTHS: numbers of steps that are told apart
 
 // One head's tiles of all documents, the longest first. The rows before the first document and after the last are two more,
-// which see no key.
-__global__ void __launch_bounds__(LIST_THREADS) list_kernel(const __grid_constant__ Work w, int documents,
-                                                            int tile_queries, int step_keys) {
+// which see nothing.
+__global__ void __launch_bounds__(LIST_THREADS) list_kernel(const __grid_constant__ Schedule s, int tile_rows,
+                                                            int step_columns) {
   __shared__ int places[LENGTHS];  // by length: how many, then where the next goes
   __shared__ int warp_sums[LIST_THREADS / 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -110,28 +108,30 @@ __global__ void __launch_bounds__(LIST_THREADS) list_kernel(const __grid_constan
   const auto document = [&](int i) {
     ListedTile found{};
     const auto bound = [&](const int32_t* bounds, int j, int length) {
-      return j < 0 ? 0 : j > documents ? length : max(0, min(length, bounds[j]));
+      return j < 0 ? 0 : j > s.documents ? length : max(0, min(length, bounds[j]));
     };
-    if (i > documents + 1) return found;
-    found.first_query = bound(w.query_bounds, i - 1, w.queries);
-    found.queries = max(0, bound(w.query_bounds, i, w.queries) - found.first_query);
-    if (i == 0 || i > documents) return found;
-    found.first_key = bound(w.key_bounds, i - 1, w.keys);
-    found.keys = max(0, bound(w.key_bounds, i, w.keys) - found.first_key);
+    if (i > s.documents + 1) return found;
+    found.document = i;
+    found.first_row = bound(s.row_bounds, i - 1, s.rows);
+    found.rows = max(0, bound(s.row_bounds, i, s.rows) - found.first_row);
+    if (i == 0 || i > s.documents) return found;
+    found.first_column = bound(s.column_bounds, i - 1, s.columns);
+    found.columns = max(0, bound(s.column_bounds, i, s.columns) - found.first_column);
     return found;
   };
   // A warp has 32 documents at a time, and its lanes go through the tiles of each.
   const auto each_tile = [&](auto visit) {
-    for (int base = warp * 32; base < documents + 2; base += LIST_THREADS) {
+    for (int base = warp * 32; base < s.documents + 2; base += LIST_THREADS) {
       const ListedTile mine = document(base + lane);
       for (int i = 0; i < 32; ++i) {
         Tile tile{};
-        tile.first_query = __shfl_sync(0xffffffff, mine.first_query, i);
-        tile.queries = __shfl_sync(0xffffffff, mine.queries, i);
-        tile.first_key = __shfl_sync(0xffffffff, mine.first_key, i);
-        tile.keys = __shfl_sync(0xffffffff, mine.keys, i);
-        for (tile.query = lane * tile_queries; tile.query < tile.queries; tile.query += 32 * tile_queries) {
-          set_steps(w, tile, tile_queries, step_keys);
+        tile.document = __shfl_sync(0xffffffff, mine.document, i);
+        tile.first_row = __shfl_sync(0xffffffff, mine.first_row, i);
+        tile.rows = __shfl_sync(0xffffffff, mine.rows, i);
+        tile.first_column = __shfl_sync(0xffffffff, mine.first_column, i);
+        tile.columns = __shfl_sync(0xffffffff, mine.columns, i);
+        for (tile.row = lane * tile_rows; tile.row < tile.rows; tile.row += 32 * tile_rows) {
+          set_steps(s, tile, tile_rows, step_columns);
           visit(tile, LENGTHS - min(tile.end - tile.begin, LENGTHS));
         }
       }
@@ -152,46 +152,48 @@ __global__ void __launch_bounds__(LIST_THREADS) list_kernel(const __grid_constan
   __syncthreads();
   for (int i = 0; i < warp; ++i) sum += warp_sums[i];
   places[threadIdx.x] = sum - count;
-  if (threadIdx.x == LENGTHS - 1) w.list->next = 0, w.list->count = min(sum, w.tiles_per_row);
+  if (threadIdx.x == LENGTHS - 1) s.list->next = 0, s.list->count = min(sum, s.tiles_per_strip);
   __syncthreads();
 
   each_tile([&](const Tile& tile, int length) {
     const int place = atomicAdd(&places[length], 1);
-    if (place < w.tiles_per_row) w.list->tiles[place] = tile;  // bounds that overlap could be too many
+    if (place < s.tiles_per_strip) s.list->tiles[place] = tile;  // bounds that overlap could be too many
   });
 }
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
 // Of one head, with a document's last tile for each and for the rows before and after them.
-inline int64_t tiles_of_row(const AttentionForwardParams& p, int tile_queries) {
-  return p.query_bounds ? p.queries / tile_queries + p.documents + 2 : (p.queries + tile_queries - 1) / tile_queries;
+inline int64_t tiles_of_strip(const AttentionProblem& p, int rows, int tile_rows) {
+  return p.query_bounds ? rows / tile_rows + p.documents + 2 : (rows + tile_rows - 1) / tile_rows;
 }
 
-inline int64_t workspace_bytes(const AttentionForwardParams& p, int tile_queries) {
-  return sizeof(TileList) + (p.query_bounds ? tiles_of_row(p, tile_queries) * sizeof(ListedTile) : 0);
+inline int64_t list_bytes(const AttentionProblem& p, int rows, int tile_rows) {
+  return sizeof(TileList) + (p.query_bounds ? tiles_of_strip(p, rows, tile_rows) * sizeof(ListedTile) : 0);
 }
 
-// All but the tensor maps and scales. `key_bytes`: of a row of k and v.
-inline Work work_of(const AttentionForwardParams& p, int tile_queries, int64_t key_bytes) {
-  Work w{};
-  w.out = p.out, w.lse = p.lse, w.out_strides = p.out_strides;
-  w.query_bounds = p.query_bounds, w.key_bounds = p.key_bounds;
-  w.list = static_cast<TileList*>(p.workspace);
-  w.rows = p.batch * p.heads, w.queries = p.queries, w.keys = p.keys;
-  w.heads = p.heads, w.group = p.heads / p.kv_heads;
-  w.left = std::min(p.left, ATTENTION_LONGEST), w.right = std::min(p.right, ATTENTION_LONGEST);
-  w.tiles_per_row = int(tiles_of_row(p, tile_queries));
+// Of queries as rows, or transposed. `shared_bytes`: of what the tiles of a strip all read or add to.
+inline Schedule schedule_of(const AttentionProblem& p, void* list, bool transposed, int heads, int tile_rows,
+                            int64_t shared_bytes) {
+  Schedule s{};
+  s.list = static_cast<TileList*>(list);
+  s.row_bounds = p.query_bounds, s.column_bounds = p.key_bounds, s.rows = p.queries, s.columns = p.keys;
+  s.left = std::min(p.left, ATTENTION_LONGEST), s.right = std::min(p.right, ATTENTION_LONGEST);
+  if (transposed) {
+    std::swap(s.row_bounds, s.column_bounds), std::swap(s.rows, s.columns), std::swap(s.left, s.right);
+  }
+  s.documents = p.documents;
+  s.heads = heads, s.group = heads / p.kv_heads, s.strips = p.batch * heads;
+  s.tiles_per_strip = int(tiles_of_strip(p, s.rows, tile_rows));
   // Tiles of one length have no better order than that of memory, and need nobody to hand them out.
-  w.dynamic = p.query_bounds || p.left >= 0 || p.right >= 0;
-  const int64_t cached_rows = std::max<int64_t>(CACHED / (p.keys * key_bytes), 1) * w.group;
-  w.rows_together = w.dynamic ? int(std::min<int64_t>(cached_rows, w.rows)) : 1;
-  return w;
+  s.dynamic = p.query_bounds || p.left >= 0 || p.right >= 0;
+  s.strips_together = s.dynamic ? int(std::min<int64_t>(std::max<int64_t>(CACHED / shared_bytes, 1) * s.group, s.strips)) : 1;
+  return s;
 }
 
-inline cudaError_t plan_tiles(const Work& w, int documents, int tile_queries, int step_keys, cudaStream_t stream) {
-  if (!w.query_bounds) return w.dynamic ? cudaMemsetAsync(&w.list->next, 0, sizeof w.list->next, stream) : cudaSuccess;
-  list_kernel<<<1, LIST_THREADS, 0, stream>>>(w, documents, tile_queries, step_keys);
+inline cudaError_t plan_tiles(const Schedule& s, int tile_rows, int step_columns, cudaStream_t stream) {
+  if (!s.row_bounds) return s.dynamic ? cudaMemsetAsync(&s.list->next, 0, sizeof s.list->next, stream) : cudaSuccess;
+  list_kernel<<<1, LIST_THREADS, 0, stream>>>(s, tile_rows, step_columns);
   return cudaGetLastError();
 }
 

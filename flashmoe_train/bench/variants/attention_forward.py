@@ -29,12 +29,15 @@ class Params(ctypes.Structure):
     """AttentionForwardParams."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "query_bounds", "key_bounds", "workspace")),
-        *((f"{name}_strides", Strides) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "query_bounds", "key_bounds")),
+        *((f"{name}_strides", Strides) for name in ("q", "k", "v")),
         *((name, ctypes.c_int) for name in ("batch", "queries", "keys", "heads", "kv_heads", "dim", "dim_v")),
         *((name, ctypes.c_int) for name in ("documents", "left", "right")),
         ("scale", ctypes.c_float),
         ("type", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("out", "lse")),
+        ("out_strides", Strides),
+        ("workspace", ctypes.c_void_p),
     ]
 
 
@@ -112,8 +115,9 @@ def _prepare(case: Case, device: torch.device) -> Trial:
         band = (0, -1, 0 if case.causal else -1)
 
         def once() -> Result:
-            pointers = [*(x.data_ptr() for x in (*tensors, found_lse)), None, None, workspace.data_ptr()]
-            launch(Params(*pointers, *map(Strides.of, tensors), *sizes, *band, case.d**-0.5, 0))
+            *strides, out_strides = map(Strides.of, tensors)
+            problem = (*(x.data_ptr() for x in (q, k, v)), None, None, *strides, *sizes, *band, case.d**-0.5, 0)
+            launch(Params(*problem, found.data_ptr(), found_lse.data_ptr(), out_strides, workspace.data_ptr()))
             return Result(found, found_lse, beyond)
 
         return once
@@ -171,7 +175,7 @@ NOT_TRUSTING = (
 # A warpgroup computes the steps that it does not see too.
 NOTHING_SKIPPED = (
     ("return tile.end - tile.begin > 1 && band_of", "return false && band_of"),
-    ("i >= begin && tile.query + warpgroup * 64 >= tile.queries; --i) skip_k", "false; --i) skip_k"),
+    ("i >= begin && tile.row + warpgroup * 64 >= tile.rows; --i) skip_k", "false; --i) skip_k"),
 )
 
 
