@@ -1,4 +1,4 @@
-// The running softmax of attention's forward kernel, and its masks, on the accumulators of wgmma.
+// The running softmax of attention's forward kernel, and the masks of all, on the accumulators of wgmma.
 #pragma once
 
 #include <cstdint>
@@ -60,16 +60,16 @@ struct Softmax {
   }
 };
 
-// -infinity for the keys, from `column` on, that a query does not see.
+// -infinity, or what is given, for the columns, from `column` on, that a row does not see.
 template <int COUNT>
-__device__ __forceinline__ void mask(float (&s)[COUNT], const Band (&seen)[2], int column) {
+__device__ __forceinline__ void mask(float (&s)[COUNT], const Band (&seen)[2], int column, float hidden = -INFINITY) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i)
-    if (i / 4 * 8 + i % 2 >= seen[i / 2 % 2].end - column) s[i] = -INFINITY;
+    if (i / 4 * 8 + i % 2 >= seen[i / 2 % 2].end - column) s[i] = hidden;
   if (max(seen[0].begin, seen[1].begin) <= column) return;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i)
-    if (i / 4 * 8 + i % 2 < seen[i / 2 % 2].begin - column) s[i] = -INFINITY;
+    if (i / 4 * 8 + i % 2 < seen[i / 2 % 2].begin - column) s[i] = hidden;
 }
 
 }  // namespace

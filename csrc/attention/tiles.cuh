@@ -39,6 +39,7 @@ struct Schedule {
   int left, right;
   int tiles_per_strip, strips_together;  // of packed documents tiles_per_strip is an upper bound
   bool dynamic;
+  bool ordered;  // a strip's tiles are claimed, by whoever takes them, in the order of their rows
 };
 
 struct Tile : ListedTile {
@@ -73,7 +74,7 @@ __device__ inline Tile tile_at(const Schedule& s, int index, int tile_rows, int 
   const int together = min(s.strips_together, s.strips - first);
   index -= first * per_strip;
   // The last rows see most, unless the window has a left side alone.
-  const int place = s.left >= 0 && s.right < 0 ? index / together : per_strip - 1 - index / together;
+  const int place = s.ordered || (s.left >= 0 && s.right < 0) ? index / together : per_strip - 1 - index / together;
   if (s.row_bounds)
     static_cast<ListedTile&>(tile) = s.list->tiles[index / together];
   else
@@ -85,16 +86,47 @@ __device__ inline Tile tile_at(const Schedule& s, int index, int tile_rows, int 
   return tile;
 }
 
+// In the order of rows the list has a place for every tile that there might be.
 __device__ __forceinline__ int next_tile(const Schedule& s, int index) {
-  return int(gridDim.x) + (s.dynamic ? atomicAdd(&s.list->next, 1) : index);
+  if (!s.ordered) return int(gridDim.x) + (s.dynamic ? atomicAdd(&s.list->next, 1) : index);
+  const auto is_hole = [&](int i) {
+    const int of_strips = i / (s.strips_together * s.tiles_per_strip) * s.strips_together;
+    const int together = min(s.strips_together, s.strips - of_strips);
+    return s.row_bounds && of_strips < s.strips &&
+           s.list->tiles[(i - of_strips * s.tiles_per_strip) / together].rows == 0;
+  };
+  do index = atomicAdd(&s.list->next, 1);
+  while (is_hole(index));
+  return index;
 }
+
+// Where order matters nobody holds a tile before it runs.
+__device__ __forceinline__ int first_tile(const Schedule& s) { return s.ordered ? next_tile(s, 0) : int(blockIdx.x); }
+
+// A document among those that the bounds make, and its place in a list of `tile` rows or columns at a time in which no two
+// documents meet. Number 0 are the rows before the first, documents + 1 those after the last: they see nothing. Whatever the
+// bounds are, documents lie within the tensors.
+__device__ inline ListedTile document_at(const Schedule& s, int i) {
+  ListedTile found{};
+  const auto bound = [&](const int32_t* bounds, int j, int length) {
+    return j < 0 ? 0 : j > s.documents ? length : max(0, min(length, bounds[j]));
+  };
+  if (i > s.documents + 1) return found;
+  found.document = i;
+  found.first_row = bound(s.row_bounds, i - 1, s.rows);
+  found.rows = max(0, bound(s.row_bounds, i, s.rows) - found.first_row);
+  if (i == 0 || i > s.documents) return found;
+  found.first_column = bound(s.column_bounds, i - 1, s.columns);
+  found.columns = max(0, bound(s.column_bounds, i, s.columns) - found.first_column);
+  return found;
+}
+__device__ __forceinline__ int place_of_document(int first, int document, int tile) { return first / tile + document; }
 
 // ------------------------------------------------------------------------------------------------ the list of documents
 
 constexpr int LIST_THREADS = 1024, LENGTHS = 1024;  // LENGTHS: numbers of steps that are told apart
 
-// One head's tiles of all documents, the longest first. The rows before the first document and after the last are two more,
-// which see nothing.
+// One head's tiles of all documents, the longest first.
 __global__ void __launch_bounds__(LIST_THREADS) list_kernel(const __grid_constant__ Schedule s, int tile_rows,
                                                             int step_columns) {
   __shared__ int places[LENGTHS];  // by length: how many, then where the next goes
@@ -104,25 +136,10 @@ __global__ void __launch_bounds__(LIST_THREADS) list_kernel(const __grid_constan
   places[threadIdx.x] = 0;
   __syncthreads();
 
-  // Whatever the bounds are, documents lie within the tensors.
-  const auto document = [&](int i) {
-    ListedTile found{};
-    const auto bound = [&](const int32_t* bounds, int j, int length) {
-      return j < 0 ? 0 : j > s.documents ? length : max(0, min(length, bounds[j]));
-    };
-    if (i > s.documents + 1) return found;
-    found.document = i;
-    found.first_row = bound(s.row_bounds, i - 1, s.rows);
-    found.rows = max(0, bound(s.row_bounds, i, s.rows) - found.first_row);
-    if (i == 0 || i > s.documents) return found;
-    found.first_column = bound(s.column_bounds, i - 1, s.columns);
-    found.columns = max(0, bound(s.column_bounds, i, s.columns) - found.first_column);
-    return found;
-  };
   // A warp has 32 documents at a time, and its lanes go through the tiles of each.
   const auto each_tile = [&](auto visit) {
     for (int base = warp * 32; base < s.documents + 2; base += LIST_THREADS) {
-      const ListedTile mine = document(base + lane);
+      const ListedTile mine = document_at(s, base + lane);
       for (int i = 0; i < 32; ++i) {
         Tile tile{};
         tile.document = __shfl_sync(0xffffffff, mine.document, i);
@@ -137,6 +154,16 @@ __global__ void __launch_bounds__(LIST_THREADS) list_kernel(const __grid_constan
       }
     }
   };
+
+  if (s.ordered) {
+    for (int i = threadIdx.x; i < s.tiles_per_strip; i += LIST_THREADS) s.list->tiles[i].rows = 0;
+    if (threadIdx.x == 0) s.list->next = 0, s.list->count = s.tiles_per_strip;
+    __syncthreads();
+    each_tile([&](const Tile& tile, int) {
+      s.list->tiles[place_of_document(tile.first_row, tile.document, tile_rows) + tile.row / tile_rows] = tile;
+    });
+    return;
+  }
 
   each_tile([&](const Tile&, int length) { atomicAdd(&places[length], 1); });
   __syncthreads();
@@ -174,7 +201,7 @@ inline int64_t list_bytes(const AttentionProblem& p, int rows, int tile_rows) {
 
 // Of queries as rows, or transposed. `shared_bytes`: of what the tiles of a strip all read or add to.
 inline Schedule schedule_of(const AttentionProblem& p, void* list, bool transposed, int heads, int tile_rows,
-                            int64_t shared_bytes) {
+                            int64_t shared_bytes, bool ordered = false) {
   Schedule s{};
   s.list = static_cast<TileList*>(list);
   s.row_bounds = p.query_bounds, s.column_bounds = p.key_bounds, s.rows = p.queries, s.columns = p.keys;
@@ -182,11 +209,11 @@ inline Schedule schedule_of(const AttentionProblem& p, void* list, bool transpos
   if (transposed) {
     std::swap(s.row_bounds, s.column_bounds), std::swap(s.rows, s.columns), std::swap(s.left, s.right);
   }
-  s.documents = p.documents;
+  s.documents = p.documents, s.ordered = ordered;
   s.heads = heads, s.group = heads / p.kv_heads, s.strips = p.batch * heads;
   s.tiles_per_strip = int(tiles_of_strip(p, s.rows, tile_rows));
   // Tiles of one length have no better order than that of memory, and need nobody to hand them out.
-  s.dynamic = p.query_bounds || p.left >= 0 || p.right >= 0;
+  s.dynamic = ordered || p.query_bounds || p.left >= 0 || p.right >= 0;
   s.strips_together = s.dynamic ? int(std::min<int64_t>(std::max<int64_t>(CACHED / shared_bytes, 1) * s.group, s.strips)) : 1;
   return s;
 }
