@@ -81,6 +81,9 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
             "sum_parts_kernel",
             "glu_kernel",
             "glu_backward_kernel",
+            "products_kernel",
+            "weight_gradient_kernel",
+            "begin_kernel",
             "wgmma_kernel",
             "forward_kernel",
         )

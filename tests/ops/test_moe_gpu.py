@@ -296,6 +296,26 @@ def test_rows_of_nobody_in_h_are_not_read(dtype: torch.dtype) -> None:
         assert torch.equal(y, z)
 
 
+@EACH_DTYPE
+@SCORE_MODES
+def test_rows_without_a_slot(score_mode: str, dtype: torch.dtype) -> None:
+    """Among an expert's rows: as if their slots had been skipped. They are zeros, their tokens are not read."""
+    case = replace(NEIGHBOURS, score_mode=score_mode)
+    inputs, ids = case.tensors(dtype, "cuda"), case.ids("cuda")
+    dout = torch.randn(case.tokens, case.dim, device="cuda").to(dtype)
+    offsets, row_slot, slot_row = route_plan(ids, case.experts)
+    token = int(row_slot[offsets[5]]) // case.top_k
+    slots = torch.tensor([token * case.top_k, token * case.top_k + 1, int(row_slot[offsets[9] - 1])], device="cuda")
+    rows = slot_row.view(-1)[slots]
+    row_slot[rows], slot_row.view(-1)[slots], ids.view(-1)[slots] = -1, -1, -1
+    inputs[0].data[token] = dout[token] = torch.nan
+    out, h, dx, dweights, *dw = by_operators(
+        [t.detach() for t in inputs], (offsets, row_slot, slot_row), case.score_mode, dout
+    )
+    assert_right("", (out, dx, *dw, dweights), exact(*inputs, ids, dout))
+    assert not h[rows].any()
+
+
 # ------------------------------------------------------------------------------------------------------ again and again
 
 
