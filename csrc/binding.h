@@ -52,10 +52,11 @@ inline void check_hopper(const char* function, int device) {
                   function, " runs PyTorch's kernels there");
 }
 
-// TMA reads rows of 2-byte elements that begin at multiples of 16 bytes, none of them twice: anything else is copied.
+// TMA reads contiguous rows of 2-byte elements that begin at multiples of 16 bytes, none of them twice: anything else is
+// copied.
 // `copies` in flashmoe_train/ops/attention/checks.py tells users by the same rule.
 inline Tensor readable(const Tensor& x) {
-  bool fits = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  bool fits = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(x.dim() - 1) == 1;
   for (int i = 0; i < x.dim() - 1; ++i) fits &= x.size(i) <= 1 || (x.stride(i) > 0 && x.stride(i) % 8 == 0);
   if (fits) return x;
   Tensor copy = torch::stable::new_empty(x, x.sizes());

@@ -27,6 +27,7 @@ if torch.version.cuda and CUDA_LIBRARY.exists():
 COMPILED = frozenset(
     {
         "attention_forward",
+        "attention_backward_kernel",
         "router_topk",
         "router_topk_backward",
         "route_plan",

@@ -15,15 +15,20 @@ sequence dimension is cut into documents that do not see each other; S and T abo
 Method: FlashAttention (Dao et al., 2022, arXiv:2205.14135; Dao, 2023, arXiv:2307.08691).
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from flashmoe_train.ops.attention import fallback
-from flashmoe_train.ops.attention.checks import KERNEL_HEAD_DIMS, check, check_window, copies
+from flashmoe_train.ops.attention.checks import (
+    KERNEL_HEAD_DIMS,
+    AttentionCase,
+    check,
+    check_window,
+    copies,
+    refused_by_kernel,
+)
 from flashmoe_train.ops.attention.operator import attention_forward
-from flashmoe_train.ops.library import capability, has_kernel, refused_by_tensor_cores
+from flashmoe_train.ops.library import has_kernel
 
 __all__ = ["AttentionCase", "attention", "copies", "supports"]
 
@@ -85,23 +90,6 @@ def attention(
     return out.squeeze(0) if packed else out
 
 
-class AttentionCase(NamedTuple):
-    """What decides whether the operator has an implementation: everything else it takes as it comes."""
-
-    device_type: str
-    capability: str | None  # compute capability of the GPU
-    dtype: torch.dtype
-    head_dim: int  # D
-    head_dim_v: int  # V
-    positive_scale: bool = True  # the kernel takes maxima before it scales
-
-    @classmethod
-    def of(cls, q: Tensor, v: Tensor, softmax_scale: float) -> "AttentionCase":
-        device = q.device
-        found = capability(device.type, device.index)
-        return cls(device.type, found, q.dtype, q.shape[-1], v.shape[-1], softmax_scale > 0)
-
-
 def supports(case: AttentionCase, *, complete: bool = False) -> str | None:
     """None if `torch.ops.flashmoe.attention_*` can run the case, else the reason why not.
 
@@ -111,13 +99,4 @@ def supports(case: AttentionCase, *, complete: bool = False) -> str | None:
         return None
     if not has_kernel("attention_forward", case.device_type, complete):
         return f"this installation has no compiled attention kernel for device type {case.device_type!r}"
-    takes = "the attention kernel takes"
-    if (reason := refused_by_tensor_cores(takes, case.capability, case.dtype)) is not None:
-        return reason
-    # One comparison at a time: of `in`, torch.compile with a symbolic head_dim makes a formula that it never solves.
-    if not any(case.head_dim == d and case.head_dim_v == v for d, v in KERNEL_HEAD_DIMS):
-        allowed = ", ".join(f"{d}/{v}" for d, v in KERNEL_HEAD_DIMS)
-        return f"{takes} head dims of q and k / of v {allowed}, found {case.head_dim}/{case.head_dim_v}"
-    if not case.positive_scale:
-        return f"{takes} a softmax_scale above 0"
-    return None
+    return refused_by_kernel(case, KERNEL_HEAD_DIMS)

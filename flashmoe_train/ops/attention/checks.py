@@ -1,15 +1,51 @@
 """What the attention operators accept: everything else is an error that names the argument. And what of it the kernel
 for Hopper GPUs takes: everything else there is the fallback's."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import accumulation_dtype
+from flashmoe_train.ops.library import accumulation_dtype, capability, refused_by_tensor_cores
 
-KERNEL_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # D and V
+# D and V.
+KERNEL_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+KERNEL_BACKWARD_HEAD_DIMS = ((64, 64), (96, 96), (128, 128))
 
 # The hardware's tensor loads want addresses and strides in multiples of this many bytes, and no stride of 0.
 TMA_BYTES = 16
+
+
+class AttentionCase(NamedTuple):
+    """What decides whether the operator has an implementation: everything else it takes as it comes."""
+
+    device_type: str
+    capability: str | None  # compute capability of the GPU
+    dtype: torch.dtype
+    head_dim: int  # D
+    head_dim_v: int  # V
+    positive_scale: bool = True  # the kernel takes maxima before it scales
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, softmax_scale: float) -> "AttentionCase":
+        device = q.device
+        found = capability(device.type, device.index)
+        return cls(device.type, found, q.dtype, q.shape[-1], v.shape[-1], softmax_scale > 0)
+
+
+def refused_by_kernel(case: AttentionCase, head_dims: Sequence[tuple[int, int]]) -> str | None:
+    """None if a kernel that is compiled for `head_dims` takes the case, else the reason why not."""
+    takes = "the attention kernel takes"
+    if (reason := refused_by_tensor_cores(takes, case.capability, case.dtype)) is not None:
+        return reason
+    # One comparison at a time: of `in`, torch.compile with a symbolic head_dim makes a formula that it never solves.
+    if not any(case.head_dim == d and case.head_dim_v == v for d, v in head_dims):
+        allowed = ", ".join(f"{d}/{v}" for d, v in head_dims)
+        return f"{takes} head dims of q and k / of v {allowed}, found {case.head_dim}/{case.head_dim_v}"
+    if not case.positive_scale:
+        return f"{takes} a softmax_scale above 0"
+    return None
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`attention_backward` on GPUs by PyTorch's kernels, from our out and lse: until it has a kernel of its own."""
+"""`attention_backward` on GPUs: by our kernel, or from our out and lse by PyTorch's, until ours takes every case."""
 
 import contextlib
 import math
@@ -8,15 +8,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashmoe_train.ops.attention.checks import KERNEL_HEAD_DIMS, check_backward
+from flashmoe_train.ops.attention.checks import (
+    KERNEL_BACKWARD_HEAD_DIMS,
+    KERNEL_HEAD_DIMS,
+    AttentionCase,
+    check_backward,
+    refused_by_kernel,
+)
 from flashmoe_train.ops.attention.fallback import in_document
 from flashmoe_train.ops.attention.reference import reference_backward
-from flashmoe_train.ops.library import TENSOR_CORE_DTYPES
+from flashmoe_train.ops.library import TENSOR_CORE_DTYPES, has_kernel
 
 aten = torch.ops.aten
 
 # Of a tensor: beyond 2^31 - 1 cuDNN's dq is wrong.
 _CUDNN_ELEMENTS = 2**31 - 1
+
+
+def kernel_takes(case: AttentionCase) -> bool:
+    """Whether `cuda_backward` is our kernel's."""
+    return (
+        has_kernel("attention_backward_kernel", case.device_type)
+        and refused_by_kernel(case, KERNEL_BACKWARD_HEAD_DIMS) is None
+    )
+
+
+def cuda_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference_backward` by our kernel where it takes the case, which it checks itself, else by `torch_backward`."""
+    arguments = (
+        dout, q, k, v, out, lse, softmax_scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k, deterministic
+    )  # fmt: skip
+    if kernel_takes(AttentionCase.of(q, v, softmax_scale)):
+        return torch.ops.flashmoe.attention_backward_kernel(*arguments)
+    return torch_backward(*arguments)
 
 
 def torch_backward(
