@@ -1,5 +1,6 @@
 """What the tests of attention's CUDA kernel share: masks, calls that only it can answer, bounds of its errors."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,11 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashmoe_train.bench.measure import relative_error
 from flashmoe_train.ops.attention import AttentionCase, supports
+from flashmoe_train.ops.attention.checks import KERNEL_BACKWARD_HEAD_DIMS
+from flashmoe_train.ops.attention.torch_backward import kernel_takes
 
 from .attention_cases import CASES, Case, oracle, visible
-from .operators import assert_close_in_norm, forward_backward
+from .operators import NORM_ERROR, assert_close_in_norm, forward_backward, inside
 
 HEAD_DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]  # q and k, v
+BACKWARD_HEAD_DIMS = list(KERNEL_BACKWARD_HEAD_DIMS)
 DTYPES = [torch.bfloat16, torch.float16]
 
 # Of single numbers of out, for values N(0, 1), of which the largest are 5: a probability is rounded, and the result.
@@ -52,6 +56,29 @@ TILES = pytest.mark.parametrize("tiles", ["small", "large"])
 SMALL = [case for case in CASES if case.softmax_scale is None or case.softmax_scale > 0]
 
 
+def everything(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+VIEWS: dict[str, Callable[[int, int, int, int, torch.dtype], Tensor]] = {
+    "[b, h, s, d]": lambda b, s, h, d, t: everything((b, h, s, d), t).transpose(1, 2),
+    "[s, b, h, d]": lambda b, s, h, d, t: everything((s, b, h, d), t).transpose(0, 1),
+    "[s, h, b, d]": lambda b, s, h, d, t: everything((s, h, b, d), t).permute(2, 0, 1, 3),
+    "of a fused projection": lambda b, s, h, d, t: inside((b, s, 3, h, d), (slice(None), slice(None), 1), t),
+    "middle of longer sequences": lambda b, s, h, d, t: inside((b, s + 9, h, d), (slice(None), slice(5, 5 + s)), t),
+    "every other row": lambda b, s, h, d, t: inside((b, 2 * s, h, d), (slice(None), slice(None, None, 2)), t),
+    "every other head": lambda b, s, h, d, t: inside((b, s, 2 * h, d), (..., slice(1, None, 2), slice(None)), t),
+    "end of a longer head dim": lambda b, s, h, d, t: inside((b, s, h, d + 8), (..., slice(8, None)), t),
+    "end of a head dim, misaligned": lambda b, s, h, d, t: inside((b, s, h, d + 1), (..., slice(1, None)), t),
+    "odd strides": lambda b, s, h, d, t: inside((b, s, h, d + 3), (..., slice(None, d)), t),
+    "odd address": lambda b, s, h, d, t: inside((b * s * h * d + 1,), (slice(1, None),), t).view(b, s, h, d),
+    "one head for all": lambda b, s, h, d, t: everything((b, s, 1, d), t).expand(b, s, h, d),
+    "one row for all": lambda b, s, h, d, t: everything((b, 1, h, d), t).expand(b, s, h, d),
+    "one sequence for all": lambda b, s, h, d, t: everything((1, s, h, d), t).expand(b, s, h, d),
+    "one vector for all": lambda b, s, h, d, t: everything((1, 1, 1, d), t).expand(b, s, h, d),
+}  # fmt: skip
+
+
 def with_tiles(tiles: str, case: Case) -> Case:
     """The case as it is, or with so many times the heads that the kernel takes its large tiles."""
     if tiles == "small":
@@ -78,6 +105,34 @@ def kernel(
     for x, (shape, dtype) in zip(found, shapes, strict=True):
         assert x.shape == shape and x.dtype == dtype and x.is_contiguous() and x.device == q.device
     return found
+
+
+def kernel_gradients(
+    case: Case,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: tuple | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of the kernel, as `kernel` gives out and lse."""
+    mask = case.mask(q) if mask is None else mask
+    assert kernel_takes(AttentionCase.of(q, v, mask[0]))
+    freed = [torch.full(x.shape, torch.nan, dtype=x.dtype, device=x.device) for x in (q, k, v) * 2]
+    del freed
+    found = torch.ops.flashmoe.attention_backward(dout, q, k, v, out, lse, *mask, deterministic)
+    for x, like in zip(found, (q, k, v), strict=True):
+        assert x.shape == like.shape and x.dtype == like.dtype and x.is_contiguous() and x.device == q.device
+    return found
+
+
+def oracle_gradients(case: Case, dout: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """(dq, dk, dv) in float64, not rounded to the inputs' dtype."""
+    inputs = tuple(x.detach().double().requires_grad_() for x in inputs)
+    return torch.autograd.grad(oracle(case, *inputs)[0], inputs, dout.double())
 
 
 def out_of(case: Case, deterministic: bool = False) -> Callable[..., Tensor]:
@@ -138,6 +193,30 @@ def assert_right(name: str, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, 
     assert_lse(name, lse, wanted[1])
 
 
+def assert_right_gradients(
+    name: str,
+    case: Case,
+    found: tuple[Tensor, ...],
+    wanted: tuple[Tensor, ...],
+    kept: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """dq, dk and dv, for shapes of any size, of the queries and keys that are `kept`: no row may be wrong, and those
+    without a partner are exactly zero."""
+    dq, keys = found[0], found[1].shape[1]
+    seen = visible(case, dq.shape[1], keys, dq.device)
+    partners = seen.any(1), seen.any(0)
+    kept = tuple(torch.ones_like(x) for x in partners) if kept is None else kept
+    scale = max(1.0, case.mask(dq)[0] * dq.shape[3] ** 0.5)  # of what is zero by cancellation
+    for of, x, y, side in zip(("dq", "dk", "dv"), found, wanted, (0, 1, 1), strict=True):
+        assert not x[:, kept[side] & ~partners[side]].any(), f"{of} of {name}: not 0 in rows that have no gradient"
+        x, y = x[:, kept[side]], y[:, kept[side]]
+        assert_close_in_norm(f"{of} of {name}", x / scale, y / scale)
+        size, usual = y.norm(dim=-1), y.norm() / max(1, y.numel() // y.shape[3]) ** 0.5
+        allowed = 8 * NORM_ERROR[x.dtype] * size.clamp(min=max(usual.item(), 0.1 * scale * y.shape[3] ** 0.5))
+        wrong = ~((x - y).norm(dim=-1) <= allowed)
+        assert not wrong.any(), f"{of} of {name}: {int(wrong.sum())} wrong rows, {wrong.nonzero()[:3].tolist()}"
+
+
 def assert_lse(name: str, found: Tensor, wanted: Tensor) -> None:
     empty = wanted == -torch.inf
     assert torch.equal(found == -torch.inf, empty), f"{name}: -inf in other rows than those that see nothing"
@@ -157,3 +236,30 @@ def assert_gradients(case: Case, inputs: tuple[Tensor, ...], deterministic: bool
         ("out", "dq", "dk", "dv"), forward_backward(out_of(case, deterministic), inputs, dout), wanted, strict=True
     ):
         assert_close_in_norm(f"{name} of {case}", x, y)
+
+
+def random_case(
+    pick: Callable, head_dims: list[tuple[int, int]] = HEAD_DIMS, longest: int = 1000
+) -> tuple[Case, torch.dtype]:
+    dim, dim_v = pick(*head_dims)
+    groups = pick(1, 1, 2, 3, 4)
+    lengths = (1, 7, 31, 63, 64, 65, 100, 127, 128, 129, 191, 192, 255, 257, 300, 383, 511, 640, 1000)
+    lengths = [pick(*(length for length in lengths if length <= longest)) for _ in "qk"]
+    case = Case(
+        batch=pick(1, 2, 3),
+        length_q=lengths[0],
+        length_k=pick(*lengths),
+        heads=groups * pick(1, 1, 2, 3, 4, 8),
+        groups=groups,
+        dim=dim,
+        dim_v=dim_v,
+        causal=pick(True, False),
+        window=(pick(None, None, 0, 5, 64, 100, 200, 1000), pick(None, None, 0, 5, 64, 100, 200, 1000)),
+        softmax_scale=pick(None, None, 0.02, 0.3),
+        layout=pick("bshd", "bhsd", "sbhd"),
+    )
+    if pick(True, False, False):
+        ends = [sorted(pick(*range(n + 1)) for _ in range(4)) for n in (case.length_q, case.length_k)]
+        documents = [tuple(b - a for a, b in itertools.pairwise([0, *x])) for x in ends]
+        case = replace(case, batch=1, documents_q=documents[0], documents_k=documents[1])
+    return with_tiles(pick("small", "large"), case), pick(*DTYPES)

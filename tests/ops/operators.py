@@ -42,7 +42,7 @@ def assert_close_in_norm(name: str, found: Tensor, wanted: Tensor) -> None:
     Where the result is zero by cancellation (a softmax over one key has no gradient) the scale is a tenth of the
     N(0, 1) inputs'.
     """
-    found, wanted, bound = found.cpu().double(), wanted.cpu().double(), NORM_ERROR[found.dtype]
+    found, wanted, bound = found.double(), wanted.to(found.device).double(), NORM_ERROR[found.dtype]
     assert found.shape == wanted.shape
     error, scale = (found - wanted).norm().item(), max(wanted.norm().item(), 0.1 * wanted.numel() ** 0.5)
     assert error <= bound * scale, f"{name}: relative error {error / scale:.1e}, allowed {bound:.0e}"

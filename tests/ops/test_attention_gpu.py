@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,8 +19,10 @@ from .attention_gpu import (
     assert_right,
     assert_within_contract,
     kernel,
+    oracle_gradients,
     out_of,
     perfect_flash,
+    random_case,
     random_inputs,
     sdpa_flash,
     with_tiles,
@@ -60,7 +61,7 @@ def test_contract_of_out_and_gradients(dim: int, dim_v: int, causal: bool, dtype
     inputs = case.tensors(dtype, "cuda")
     wanted_out, wanted_lse = oracle(case, *inputs)
     dout = torch.randn_like(wanted_out).to(dtype)
-    wanted = wanted_out.detach(), *torch.autograd.grad(wanted_out, inputs, dout.double())
+    wanted = wanted_out.detach(), *oracle_gradients(case, dout, *inputs)
     found = forward_backward(out_of(case), inputs, dout)
     yardsticks = [perfect_flash(case, *inputs, dout)]
     if dim == dim_v:
@@ -135,32 +136,6 @@ def test_random_shapes(chunk: int) -> None:
         case, dtype = random_case(pick)
         q, k, v = random_inputs(case, dtype)
         assert_right(f"{case} {dtype}", kernel(case, q, k, v), oracle(case, q, k, v))
-
-
-def random_case(pick: Callable) -> tuple[Case, torch.dtype]:
-    dim, dim_v = pick(*HEAD_DIMS)
-    groups = pick(1, 1, 2, 3, 4)
-    lengths = [
-        pick(1, 7, 31, 63, 64, 65, 100, 127, 128, 129, 191, 192, 255, 257, 300, 383, 511, 640, 1000) for _ in "qk"
-    ]
-    case = Case(
-        batch=pick(1, 2, 3),
-        length_q=lengths[0],
-        length_k=pick(*lengths),
-        heads=groups * pick(1, 1, 2, 3, 4),
-        groups=groups,
-        dim=dim,
-        dim_v=dim_v,
-        causal=pick(True, False),
-        window=(pick(None, None, 0, 5, 64, 100, 200, 1000), pick(None, None, 0, 5, 64, 100, 200, 1000)),
-        softmax_scale=pick(None, None, 0.02, 0.3),
-        layout=pick("bshd", "bhsd", "sbhd"),
-    )
-    if pick(True, False, False):
-        ends = [sorted(pick(*range(n + 1)) for _ in range(4)) for n in (case.length_q, case.length_k)]
-        documents = [tuple(b - a for a, b in itertools.pairwise([0, *x])) for x in ends]
-        case = replace(case, batch=1, documents_q=documents[0], documents_k=documents[1])
-    return with_tiles(pick("small", "large"), case), pick(*DTYPES)
 
 
 # ------------------------------------------------------------------------------------------------------ stages, by one

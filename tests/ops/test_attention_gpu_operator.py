@@ -3,7 +3,6 @@
 import functools
 import itertools
 import re
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flashmoe_train import attention
 from flashmoe_train.ops.attention import copies
-from flashmoe_train.ops.attention.checks import KERNEL_HEAD_DIMS
+from flashmoe_train.ops.attention.checks import KERNEL_BACKWARD_HEAD_DIMS, KERNEL_HEAD_DIMS
 from flashmoe_train.ops.moe import moe_combine
 
 from .attention_cases import Case, cumulative, oracle
@@ -22,6 +21,7 @@ from .attention_gpu import (
     HEAD_DIMS,
     MASKS,
     SMALL,
+    VIEWS,
     assert_gradients,
     assert_right,
     kernel,
@@ -35,7 +35,6 @@ from .operators import (
     assert_opcheck,
     captured,
     forward_backward,
-    inside,
     saving,
 )
 
@@ -43,29 +42,6 @@ ops = torch.ops.flashmoe
 pytestmark = ON_HOPPER
 
 # ------------------------------------------------------------------------------------------------ memory and neighbours
-
-
-def everything(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
-
-
-VIEWS: dict[str, Callable[[int, int, int, int, torch.dtype], Tensor]] = {
-    "[b, h, s, d]": lambda b, s, h, d, t: everything((b, h, s, d), t).transpose(1, 2),
-    "[s, b, h, d]": lambda b, s, h, d, t: everything((s, b, h, d), t).transpose(0, 1),
-    "[s, h, b, d]": lambda b, s, h, d, t: everything((s, h, b, d), t).permute(2, 0, 1, 3),
-    "of a fused projection": lambda b, s, h, d, t: inside((b, s, 3, h, d), (slice(None), slice(None), 1), t),
-    "middle of longer sequences": lambda b, s, h, d, t: inside((b, s + 9, h, d), (slice(None), slice(5, 5 + s)), t),
-    "every other row": lambda b, s, h, d, t: inside((b, 2 * s, h, d), (slice(None), slice(None, None, 2)), t),
-    "every other head": lambda b, s, h, d, t: inside((b, s, 2 * h, d), (..., slice(1, None, 2), slice(None)), t),
-    "end of a longer head dim": lambda b, s, h, d, t: inside((b, s, h, d + 8), (..., slice(8, None)), t),
-    "end of a head dim, misaligned": lambda b, s, h, d, t: inside((b, s, h, d + 1), (..., slice(1, None)), t),
-    "odd strides": lambda b, s, h, d, t: inside((b, s, h, d + 3), (..., slice(None, d)), t),
-    "odd address": lambda b, s, h, d, t: inside((b * s * h * d + 1,), (slice(1, None),), t).view(b, s, h, d),
-    "one head for all": lambda b, s, h, d, t: everything((b, s, 1, d), t).expand(b, s, h, d),
-    "one row for all": lambda b, s, h, d, t: everything((b, 1, h, d), t).expand(b, s, h, d),
-    "one sequence for all": lambda b, s, h, d, t: everything((1, s, h, d), t).expand(b, s, h, d),
-    "one vector for all": lambda b, s, h, d, t: everything((1, 1, 1, d), t).expand(b, s, h, d),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -304,17 +280,23 @@ def test_repeats_bitwise(case: Case) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_direct_call_takes_the_head_dims_that_it_says() -> None:
+@pytest.mark.parametrize(
+    "op, dims", [("attention_forward", KERNEL_HEAD_DIMS), ("attention_backward_kernel", KERNEL_BACKWARD_HEAD_DIMS)]
+)
+def test_direct_call_takes_the_head_dims_that_it_says(op: str, dims: tuple[tuple[int, int], ...]) -> None:
     """`supports` keeps others from the operator; called directly, it names them."""
-    wanted, taken = "the attention kernel takes head dims of q and k / of v", []
+    allowed, taken = ", ".join(f"{d}/{v}" for d, v in dims), []
     for dim, dim_v in itertools.product((8, 32, 64, 80, 96, 128, 192, 256, 264), repeat=2):
         q, k, v = random_inputs(Case(length_q=40, dim=dim, dim_v=dim_v), torch.bfloat16)
+        out, lse = q.new_zeros(*q.shape[:3], dim_v), torch.zeros(2, 4, 40, device="cuda")
+        tensors = (q, k, v) if op == "attention_forward" else (out, q, k, v, out, lse)
         try:
-            ops.attention_forward(q, k, v, 1.0, -1, 0, None, None, False)
+            getattr(ops, op)(*tensors, 1.0, -1, 0, None, None, False)
             taken.append((dim, dim_v))
         except RuntimeError as error:
-            assert re.search(f"{wanted} 64/64, .*256/256, found {dim}/{dim_v}", str(error)), error
-    assert taken == list(KERNEL_HEAD_DIMS)
+            wanted = f"the attention kernel takes head dims of q and k / of v {allowed}, found {dim}/{dim_v}"
+            assert re.search(wanted, str(error)), error
+    assert taken == list(dims)
 
 
 def test_gradients_have_no_gradient() -> None:
