@@ -1,8 +1,10 @@
-"""The benches `attention_forward` and `attention_backward`: ours, PyTorch's cuDNN and flash backends, and peers."""
+"""The benches `attention_forward`, `attention_backward` and `attention_forward_backward`: ours, PyTorch's cuDNN and
+flash backends, and peers."""
 
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashmoe_train.bench import peers
-from flashmoe_train.bench.attention_cases import POINTS, STANDARD, TINY, Case, Documents, Forward
+from flashmoe_train.bench.attention_cases import BLOCKS, POINTS, STANDARD, TINY, Case, Documents, Forward
 from flashmoe_train.bench.measure import (
     DTYPES,
     ERROR_BOUND,
@@ -24,13 +26,17 @@ from flashmoe_train.bench.measure import (
 )
 from flashmoe_train.ops.attention import AttentionCase, attention, supports
 from flashmoe_train.ops.attention.reference import reference_backward, reference_forward
+from flashmoe_train.ops.attention.torch_backward import kernel_takes
+
+Direction = Literal["forward", "backward", "forward_backward"]
 
 # -------------------------------------------------------------------------------------------------------- contenders
 # Each takes a case and returns its forward function; a peer's is in `peers`.
 
 
-def _flashmoe(case: Case, documents: Documents | None) -> Forward:
-    return partial(attention, causal=case.causal, cu_seqlens_q=documents.cu_seqlens if documents else None)
+def _flashmoe(case: Case, documents: Documents | None, deterministic: bool = False) -> Forward:
+    cu_seqlens = documents.cu_seqlens if documents else None
+    return partial(attention, causal=case.causal, cu_seqlens_q=cu_seqlens, deterministic=deterministic)
 
 
 def _sdpa(backend: SDPBackend, case: Case, documents: Documents | None) -> Forward:
@@ -74,12 +80,14 @@ FORWARDS: dict[str, Callable[[Case, Documents | None], Forward]] = {
     "fa4": peers.fa4_attention,
     "te": peers.te_attention,
 }
+# Forward's sums have a fixed order anyway.
+FORWARDS_OF_BACKWARD = {"flashmoe_deterministic": partial(_flashmoe, deterministic=True)}
 
 
 # ----------------------------------------------------------------------------------------------------------- problems
 
 
-def _prepare(case: Case, device: torch.device, backward: bool) -> Problem:
+def _prepare(case: Case, device: torch.device, direction: Direction) -> Problem:
     torch.manual_seed(0)
     dtype = DTYPES[case.dtype]
 
@@ -91,23 +99,31 @@ def _prepare(case: Case, device: torch.device, backward: bool) -> Problem:
     if case.documents:
         bounds = list(accumulate(case.lengths, initial=0))
         documents = Documents(torch.tensor(bounds, dtype=torch.int32, device=device), max(case.lengths))
-    wanted = _reference(case, q, k, v, dout if backward else None, documents)
+    wanted = _reference(case, q, k, v, dout, documents, direction)
 
     def contender(make: Callable[[Case, Documents | None], Forward]) -> Callable[[], tuple[Tensor, ...]]:
         forward = make(case, documents)
-        if not backward:
+        if direction == "forward":
             return lambda: (forward(q, k, v),)
         inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+
+        def both() -> tuple[Tensor, ...]:
+            out = forward(*inputs)
+            return out.detach(), *torch.autograd.grad(out, inputs, dout)
+
+        if direction == "forward_backward":
+            return both
         out = forward(*inputs)
         return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
-    contenders: dict[str, Contender] = {name: partial(contender, make) for name, make in FORWARDS.items()}
+    forwards = FORWARDS if direction == "forward" else FORWARDS | FORWARDS_OF_BACKWARD
+    contenders: dict[str, Contender] = {name: partial(contender, make) for name, make in forwards.items()}
     return Problem(
         contenders=contenders,
         error=lambda found: worst(relative_error(x, y) for x, y in zip(found, wanted, strict=True)),
         error_bound=ERROR_BOUND[dtype],
-        work=case.flops(backward),
-        flashmoe_path=path(supports(AttentionCase.of(q, v, case.d**-0.5)), device.type),
+        work=sum(case.flops(one == "backward") for one in direction.split("_")),
+        flashmoe_path=_path(AttentionCase.of(q, v, case.d**-0.5), direction),
         floors={},
     )
 
@@ -117,26 +133,39 @@ def _sizes(case: Case) -> tuple[tuple[int, int], ...]:
     return (case.h, case.d), (case.h_kv, case.d), (case.h_kv, case.dv), (case.h, case.dv)
 
 
+def _path(case: AttentionCase, direction: Direction) -> str:
+    found = path(supports(case), case.device_type)
+    return "fallback" if found == "kernel" and direction != "forward" and not kernel_takes(case) else found
+
+
 def _reference(
-    case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, documents: Documents | None
+    case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, documents: Documents | None, direction: Direction
 ) -> tuple[Tensor, ...]:
-    """In float64: (out) or (dq, dk, dv)."""
+    """In float64: (out), (dq, dk, dv) or all of them."""
     cu_seqlens = documents.cu_seqlens if documents else None
     mask = (case.d**-0.5, -1, 0 if case.causal else -1, cu_seqlens, cu_seqlens, True)
     q, k, v = (x.double() for x in (q, k, v))
     out, lse = reference_forward(q, k, v, *mask)
-    return (out,) if dout is None else reference_backward(dout.double(), q, k, v, out, lse, *mask)
+    if direction == "forward":
+        return (out,)
+    gradients = reference_backward(dout.double(), q, k, v, out, lse, *mask)
+    return gradients if direction == "backward" else (out, *gradients)
 
 
-BENCHES = tuple(
-    OperatorBench(
+def _bench(direction: Direction, standard: list[Case], points: list[Case]) -> OperatorBench:
+    return OperatorBench(
         name=f"attention_{direction}",
-        title=f"Attention, {direction}",
+        title=f"Attention, {direction.replace('_', ' + ')}",
         rate="tflops",
-        standard=STANDARD,
+        standard=standard,
         tiny=TINY,
-        prepare=partial(_prepare, backward=direction == "backward"),
-        is_point=POINTS.__contains__,
+        prepare=partial(_prepare, direction=direction),
+        is_point=points.__contains__,
     )
-    for direction in ("forward", "backward")
+
+
+BENCHES = (
+    _bench("forward", STANDARD, POINTS),
+    _bench("backward", STANDARD, POINTS),
+    _bench("forward_backward", BLOCKS, BLOCKS),
 )

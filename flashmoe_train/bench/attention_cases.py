@@ -81,6 +81,10 @@ STANDARD = [
     Case(b=4, s=2048, h=8, d=64, causal=True),
     Case(b=1, s=512, h=8, d=64, causal=False, dtype="fp16"),
 ]
+BLOCKS = [  # of Llama 3 8B and 70B
+    Case(b=1, s=8192, h=32, h_kv=8, d=128, causal=True),
+    Case(b=1, s=8192, h=64, h_kv=8, d=128, causal=True),
+]
 TINY = [
     Case(b=2, s=64, h=4, d=32, causal=False, dtype="fp32"),
     Case(b=1, s=97, h=4, h_kv=2, d=16, causal=True),

@@ -43,7 +43,14 @@ def check_results(path: Path, command: str) -> Results:
 @pytest.mark.parametrize(
     "subject, baselines",
     [
-        ("attention", {"attention_forward": {"sdpa_flash"}, "attention_backward": {"sdpa_flash"}}),
+        (
+            "attention",
+            {
+                "attention_forward": {"sdpa_flash"},
+                "attention_backward": {"sdpa_flash", "flashmoe_deterministic"},
+                "attention_forward_backward": {"sdpa_flash", "flashmoe_deterministic"},
+            },
+        ),
         (
             "moe",
             {
@@ -216,7 +223,7 @@ def test_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_pattern_selects_standard_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (forward, _) = attention.BENCHES
+    forward, *_ = attention.BENCHES
     small = [
         attention_cases.Case(1, 16, 2, 8, True),
         attention_cases.Case(1, 16, 2, 8, False),

@@ -27,7 +27,7 @@ from ..ops.attention_cases import oracle as attention_oracle
 from ..ops.moe_cases import oracle
 
 CPU = torch.device("cpu")
-FORWARD, BACKWARD = attention.BENCHES
+FORWARD, BACKWARD, BOTH = attention.BENCHES
 MOE_FORWARD, MOE_BACKWARD = moe.BENCHES
 (PARTS,) = moe_parts.BENCHES
 
@@ -396,7 +396,7 @@ def test_standard_cases() -> None:
     points = [case for case in FORWARD.standard if FORWARD.is_point(case)]
     assert len(points) == 20 and len(FORWARD.standard) == 34
     assert all(case.b * case.s == 16384 and case.h * case.d == 2048 for case in points)
-    for bench in (FORWARD, BACKWARD, MOE_FORWARD, MOE_BACKWARD, PARTS):
+    for bench in (FORWARD, BACKWARD, BOTH, MOE_FORWARD, MOE_BACKWARD, PARTS):
         for cases in (bench.standard, bench.tiny):
             assert max(Counter(case.label for case in cases).values()) == 1
             assert max(Counter(str(case.as_json()) for case in cases).values()) == 1
