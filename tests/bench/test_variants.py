@@ -19,7 +19,7 @@ from flashmoe_train.bench.variants.compiler import Kernel, readings
 from flashmoe_train.bench.variants.run import Measured, Outcome
 from flashmoe_train.documents import documents
 from flashmoe_train.errors import UsageError
-from flashmoe_train.ops.attention.reference import reference_forward
+from flashmoe_train.ops.attention.reference import reference_backward, reference_forward
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 needs_nvcc = pytest.mark.skipif(not shutil.which(os.environ.get("CUDACXX", "nvcc")), reason="needs nvcc")
@@ -246,6 +246,14 @@ def tensor(address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
 
 
+def operand(p: Any, name: str, rows: int = 0) -> torch.Tensor:
+    """A tensor with strides of its own, by what Params say of it."""
+    strides = *(getattr(getattr(p, f"{name}_strides"), d) for d in ("batch", "row", "head")), 1
+    rows = rows or (p.keys if name in "kv" else p.queries)
+    shape = p.batch, rows, p.kv_heads if name in "kv" else p.heads, p.dim if name in "qk" else p.dim_v
+    return tensor(getattr(p, name), shape, strides, torch.bfloat16)
+
+
 @pytest.mark.parametrize("wrong", ["", "one element of out", "one element of lse", "a row beyond out"])
 @pytest.mark.parametrize("number", range(6, 18))
 def test_check_of_attention_forward(number: int, wrong: str) -> None:
@@ -254,12 +262,8 @@ def test_check_of_attention_forward(number: int, wrong: str) -> None:
     case = study.checks[number]
 
     def launch(p: Any) -> None:
-        q, k, v, out = (
-            tensor(getattr(p, name), (p.batch, *sizes), strides, torch.bfloat16)
-            for name, sizes in (("q", (p.queries, p.heads, p.dim)), ("k", (p.keys, p.kv_heads, p.dim)),
-                                ("v", (p.keys, p.kv_heads, p.dim_v)), ("out", (p.queries + 1, p.heads, p.dim_v)))
-            for strides in [(*(getattr(getattr(p, f"{name}_strides"), d) for d in ("batch", "row", "head")), 1)]
-        )  # fmt: skip
+        q, k, v = (operand(p, name) for name in "qkv")
+        out = operand(p, "out", p.queries + 1)
         shape = (p.batch, p.heads, p.queries)
         lse = tensor(p.lse, shape, (shape[1] * shape[2], shape[2], 1), torch.float32)
         mask = (p.scale, p.left, p.right, None, None, True)
@@ -270,6 +274,33 @@ def test_check_of_attention_forward(number: int, wrong: str) -> None:
             lse[0, 0, -1] += 0.01
         elif wrong:
             out[0, -1, 0, 5] = 0
+
+    trial = study.prepare(case, torch.device("cpu"))
+    error = trial.error(trial.run(launch)())
+    assert (error <= trial.error_bound) == (not wrong), (case.label, error)
+
+
+@pytest.mark.parametrize("wrong", ["", "one element of dq", "one element of dv", "an element beyond dk"])
+@pytest.mark.parametrize("number", range(6, 17))
+def test_check_of_attention_backward(number: int, wrong: str) -> None:
+    """As of forward; every check comes once more, deterministic."""
+    _, study = load("attention_backward")
+    half = len(study.checks) // 2
+    case = study.checks[number + half * (number % 2)]
+    assert study.checks[number + half].label == f"{study.checks[number].label} deterministic"
+
+    def launch(p: Any) -> None:
+        assert p.deterministic == case.label.endswith("deterministic")
+        q, k, v, out, dout = (operand(p, name).float() for name in ("q", "k", "v", "out", "dout"))
+        lse = tensor(p.lse, (p.batch, p.heads, p.queries), (p.heads * p.queries, p.queries, 1), torch.float32)
+        found = reference_backward(dout, q, k, v, out, lse, p.scale, p.left, p.right, None, None, True)
+        for name, x in zip(("dq", "dk", "dv"), found, strict=True):
+            flat = tensor(getattr(p, name), (x.numel() + 1,), (1,), torch.bfloat16)
+            flat[:-1] = x.flatten()
+            if wrong == f"one element of {name}":
+                flat[5] += 0.3
+            elif wrong == f"an element beyond {name}":
+                flat[-1] = 0
 
     trial = study.prepare(case, torch.device("cpu"))
     error = trial.error(trial.run(launch)())

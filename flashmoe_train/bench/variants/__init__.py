@@ -56,6 +56,7 @@ class Study:
     source: str  # of the kernels, in csrc/
     function: str  # that launches them, in namespace flashmoe: cudaError_t (const Params&, cudaStream_t)
     params: type[ctypes.Structure]  # the same Params
+    workspace: str = ""  # int64_t (const Params&): how many bytes `params.workspace` shall point to, of any content
     variants: Mapping[str, Variant]
     checks: Sequence[Case]  # each variant alone: small, of every kind
     cases: Sequence[Case]  # timed

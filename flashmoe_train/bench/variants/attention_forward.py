@@ -25,8 +25,8 @@ class Strides(ctypes.Structure):
         return cls(*x.stride()[:3])
 
 
-class Params(ctypes.Structure):
-    """AttentionForwardParams."""
+class Problem(ctypes.Structure):
+    """AttentionProblem."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "query_bounds", "key_bounds")),
@@ -35,6 +35,22 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("documents", "left", "right")),
         ("scale", ctypes.c_float),
         ("type", ctypes.c_int),
+    ]
+
+    @classmethod
+    def of(cls, case: Case, q: Tensor, k: Tensor, v: Tensor) -> "Problem":
+        strides = map(Strides.of, (q, k, v))
+        sizes = (case.b, case.s, k.shape[1], case.h, case.h_kv, case.d, case.dv)
+        band = (0, -1, 0 if case.causal else -1)
+        return cls(*(x.data_ptr() for x in (q, k, v)), None, None, *strides, *sizes, *band, case.d**-0.5, 0)
+
+
+class Params(ctypes.Structure):
+    """AttentionForwardParams."""
+
+    _anonymous_ = ("problem",)
+    _fields_ = [
+        ("problem", Problem),
         *((name, ctypes.c_void_p) for name in ("out", "lse")),
         ("out_strides", Strides),
         ("workspace", ctypes.c_void_p),
@@ -84,7 +100,7 @@ class Result(NamedTuple):
     beyond: Tensor  # rows that are not out's
 
 
-def _tensor(shape: tuple[int, int, int, int], device: torch.device, ragged: bool) -> tuple[Tensor, Tensor]:
+def room(shape: tuple[int, int, int, int], device: torch.device, ragged: bool) -> tuple[Tensor, Tensor]:
     """[b, s, h, d] of NaN, ragged: in memory [b, h, s + 3, d]; and the rows beyond it."""
     batch, length, heads, dim = shape
     rows = (heads, length + 3) if ragged else (length, heads)
@@ -93,31 +109,37 @@ def _tensor(shape: tuple[int, int, int, int], device: torch.device, ragged: bool
     return whole[:, :length], whole[:, length:]
 
 
-def _prepare(case: Case, device: torch.device) -> Trial:
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: tuple  # what the reference is told besides
+
+
+def inputs_of(case: Case, device: torch.device) -> Inputs:
     torch.manual_seed(0)
     ragged = isinstance(case, Ragged)
     keys = case.keys if isinstance(case, Ragged) else case.s
-    q = _tensor((case.b, case.s, case.h, case.d), device, ragged)[0].normal_()
-    k, v = (_tensor((case.b, keys, case.h_kv, dim), device, ragged)[0].normal_() for dim in (case.d, case.dv))
+    q = room((case.b, case.s, case.h, case.d), device, ragged)[0].normal_()
+    k, v = (room((case.b, keys, case.h_kv, dim), device, ragged)[0].normal_() for dim in (case.d, case.dv))
     if isinstance(case, Ragged) and case.kind:
         q.mul_(300)
     if isinstance(case, Ragged) and case.kind == "equal":
         k.copy_(k[:, :1].expand_as(k))
-    mask = (case.d**-0.5, -1, 0 if case.causal else -1, None, None, True)
+    return Inputs(q, k, v, (case.d**-0.5, -1, 0 if case.causal else -1, None, None, True))
+
+
+def _prepare(case: Case, device: torch.device) -> Trial:
+    q, k, v, mask = inputs_of(case, device)
     out, lse = reference_forward(q.double(), k.double(), v.double(), *mask)
 
     def run(launch: Launch) -> Run:
-        found, beyond = _tensor((case.b, case.s, case.h, case.dv), device, ragged)
+        found, beyond = room((case.b, case.s, case.h, case.dv), device, isinstance(case, Ragged))
         found_lse = torch.full((case.b, case.h, case.s), math.nan, device=device)
-        workspace = torch.full((64,), 99, dtype=torch.int32, device=device)
-        tensors = (q, k, v, found)
-        sizes = (case.b, case.s, keys, case.h, case.h_kv, case.d, case.dv)
-        band = (0, -1, 0 if case.causal else -1)
 
         def once() -> Result:
-            *strides, out_strides = map(Strides.of, tensors)
-            problem = (*(x.data_ptr() for x in (q, k, v)), None, None, *strides, *sizes, *band, case.d**-0.5, 0)
-            launch(Params(*problem, found.data_ptr(), found_lse.data_ptr(), out_strides, workspace.data_ptr()))
+            problem = Problem.of(case, q, k, v)
+            launch(Params(problem, found.data_ptr(), found_lse.data_ptr(), Strides.of(found)))
             return Result(found, found_lse, beyond)
 
         return once
@@ -195,6 +217,7 @@ def study(d: int, variants: dict[str, tuple[tuple[str, str], ...]], dv: int = 0)
         source="attention/forward.cu",
         function="attention_forward",
         params=Params,
+        workspace="attention_forward_workspace",
         variants={name: Variant({"FORWARD_DIM": d}, edits) for name, edits in variants.items()},
         checks=checks(*dims),
         cases=cases(*dims),

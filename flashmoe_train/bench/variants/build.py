@@ -26,6 +26,7 @@ OPTIONS = (
 
 # Around the kernel's source: its launch function under names that ctypes finds.
 _DRIVER = """\
+#include <cstdint>
 #include <exception>
 #include <string>
 #include "{source}"
@@ -45,6 +46,11 @@ struct Launcher {{
 template <typename Params>
 Launcher(cudaError_t (*)(const Params&, cudaStream_t)) -> Launcher<Params>;
 const Launcher launcher{{flashmoe::{function}}};
+
+template <typename Params>
+int64_t bytes(int64_t (*function)(const Params&), const void* params) {{
+  return function(*static_cast<const Params*>(params));
+}}
 }}  // namespace
 
 extern "C" size_t params_size() {{ return launcher.size; }}
@@ -61,10 +67,14 @@ extern "C" const char* launch(const void* params, void* stream) {{
   }}
   return text.c_str();
 }}
+{workspace}
 #ifdef FLASHMOE_WATCHDOG
 extern "C" int watchdog_records() {{ return flashmoe::hopper::HANGS; }}
 extern "C" const void* watchdog() {{ return flashmoe::hopper::watchdog(); }}
 #endif
+"""
+_WORKSPACE = """\
+extern "C" int64_t workspace_bytes(const void* params) {{ return bytes(flashmoe::{workspace}, params); }}
 """
 
 
@@ -144,7 +154,8 @@ def _build(compiler: str, study: Study, name: str, variant: Variant, folder: Pat
             source = folder / f"{name}.source.cu"
             source.write_text(edited((CSRC / study.source).read_text(), variant))
         driver = folder / f"{name}.cu"
-        driver.write_text(_DRIVER.format(source=source, function=study.function))
+        workspace = _WORKSPACE.format(workspace=study.workspace) if study.workspace else ""
+        driver.write_text(_DRIVER.format(source=source, function=study.function, workspace=workspace))
         begin = time.perf_counter()
         log = _compile(compiler, driver, definitions, library(folder, name))
         built.seconds = round(time.perf_counter() - begin, 1)
