@@ -15,6 +15,9 @@
 // docs/kernels/attention_backward.md says what was tried and measured.
 #include <algorithm>
 #include <type_traits>
+#ifndef TAB
+#define TAB 8
+#endif
 
 #include <cuda.h>
 
@@ -68,19 +71,28 @@ struct Shared {
   Ring<S::KEY_STAGES> key_ring;
   Ring<S::STAGES> q_ring, dout_ring;
   Ring<TILES> tile_ring;
+  Ring<1> turn_ring;
 };
 
-// What the kernels are given. Rows of the schedule are keys, columns queries; its heads are those of keys.
+// What the kernels are given. Rows of the schedule are keys, columns queries; its heads are those of keys, or, where these
+// make too few tiles, `group` parts of the query heads of each.
 struct Work : Schedule {
   CUtensorMap q, k, v, dout;  // columns, heads, rows, batch
   const float *lse, *delta;   // [batch, query heads, queries]
   float* sums;                // of dq: [batch, query heads, blocks] of 64 queries in the order of wgmma's accumulators
-  int* turns;                 // [batch, query heads, blocks, 2]: how many tiles have added to a block; or null
+  int* turns;                 // [batch, query heads, blocks]: how many tiles have added to a block
   void *dk, *dv;              // contiguous
+  float *dk_parts, *dv_parts;       // group times dk and dv where tiles have a part of the heads each; or null
   int query_heads, heads_together;  // heads_together: that share a tile
   int blocks;
   float scale, exponent_scale;  // exponent_scale: times log2(e)
 };
+
+// Whether anybody sees a key of the tile. If not, there is nothing to add to dq.
+template <typename S>
+__device__ __forceinline__ bool is_seen(const Work& w, const Tile& tile) {
+  return band_of(w, tile, tile.row).begin < band_of(w, tile, min(tile.row + S::KEYS, tile.rows) - 1).end;
+}
 
 // Of a document's step: where its sums lie. Documents begin anywhere, blocks of one do not meet those of the next.
 template <typename S>
@@ -125,8 +137,9 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
     load_tile(shared.v[key_step.stage], &w.v, keys, S::KEYS, S::WIDTH_V, tile->kv_head, tile->first_row + tile->row,
               tile->batch, Keep::briefly);
     key_step.next();
-    // Known before it is needed: the claim and the divisions behind a tile's place take their time.
-    index = next_tile(w, index);
+    // Known before it is needed: the claim and the divisions behind a tile's place take their time. But where others wait for
+    // tiles in their order nobody holds one that it does not compute.
+    if (!w.ordered) index = next_tile(w, index);
     for (int n = 0; n < w.heads_together; ++n) {
       const int head = tile->head * w.heads_together + n;
       for (int i = tile->end - 1; i >= tile->begin; --i, step.next()) {
@@ -141,7 +154,21 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
         load_tile(shared.dout[step.stage], &w.dout, dout, S::QUERIES, S::WIDTH_V, head, row, tile->batch, Keep::longest);
       }
     }
+    if (w.ordered) index = next_tile(w, index);
     tile = publish(index);
+  }
+}
+
+// The tiles of this block, for a warp that goes along with the consumers.
+template <typename S, typename Visit>
+__device__ __forceinline__ void each_tile(Shared<S>& shared, Visit visit) {
+  for (Step<TILES> step;; step.next()) {
+    shared.tile_ring.wait(step);
+    const Tile& tile = shared.tiles[step.stage];
+    if (tile.end == 0) return;
+    visit(tile);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) shared.tile_ring.release(step);
   }
 }
 
@@ -150,13 +177,9 @@ template <typename S>
 __device__ void produce_statistics(const Work& w, Shared<S>& shared) {
   constexpr int EACH = S::QUERIES / 32;
   const int lane = threadIdx.x % 32;
-  Step<TILES> tile_step;
   Step<S::STAGES> step;
   wait_for_previous();
-  for (;; tile_step.next()) {
-    shared.tile_ring.wait(tile_step);
-    const Tile& tile = shared.tiles[tile_step.stage];
-    if (tile.end == 0) return;
+  each_tile<S>(shared, [&](const Tile& tile) {
     for (int n = 0; n < w.heads_together; ++n) {
       const int64_t row = (int64_t(tile.batch) * w.query_heads + tile.head * w.heads_together + n) * w.columns;
       for (int i = tile.end - 1; i >= tile.begin; --i, step.next()) {
@@ -179,9 +202,30 @@ __device__ void produce_statistics(const Work& w, Shared<S>& shared) {
         if (lane == 0) shared.dout_ring.full[step.stage].arrive();
       }
     }
-    __syncwarp();
-    if (lane == 0) shared.tile_ring.release(tile_step);
-  }
+  });
+}
+
+// One warp, where the order of sums matters: tiles add to a block of dq one after the other, in the order of their keys.
+template <typename S>
+__device__ void keep_turns(const Work& w, Shared<S>& shared) {
+  Step<1> step;
+  wait_for_previous();
+  each_tile<S>(shared, [&](const Tile& tile) {
+    if (threadIdx.x % 32 > 0 || !is_seen<S>(w, tile)) return;
+    for (int n = 0; n < w.heads_together; ++n)
+      for (int i = tile.end - 1; i >= tile.begin; --i, step.next()) {
+        // Before this tile come those that have a key which the step's first query sees, or a later one.
+        const int first_key = w.right < 0 ? 0 : max(0, i * S::QUERIES - (tile.columns - tile.rows) - w.right);
+        const int before = tile.row / S::KEYS - first_key / S::KEYS;
+        int* const turn = w.turns + block_of<S>(w, tile, tile.head * w.heads_together + n, i);
+        while (*static_cast<volatile int*>(turn) < before) {}
+        __threadfence();
+        shared.turn_ring.full[0].arrive();
+        shared.turn_ring.empty[0].wait(step.phase);  // all warps have added
+        __threadfence();
+        atomicAdd(turn, 1);
+      }
+  });
 }
 
 // ----------------------------------------------------------------------------------------------------------- consumers
@@ -220,16 +264,24 @@ __device__ __forceinline__ void clear_rows(T* tile, int rows, int columns, int b
     for (int i = begin * 8 + thread; i < rows * 8; i += 128) reinterpret_cast<uint4*>(tile + column * rows)[i] = uint4{};
 }
 
-// A warpgroup's 64 rows of dk or dv, straight to memory.
+// A warpgroup's 64 rows of dk or dv, straight to memory: to `to`, or as a part of a sum.
 template <typename T, int DIM>
-__device__ __forceinline__ void store_rows(const float (&d)[DIM / 2], void* to, const Work& w, const Tile& tile, int row,
-                                           int thread, float scale) {
+__device__ __forceinline__ void store_rows(const float (&d)[DIM / 2], void* to, float* parts, const Work& w,
+                                           const Tile& tile, int row, int thread, float scale) {
+  const int kv_heads = w.heads / w.group, part = tile.head % w.group;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int key = row + fragment_row(thread) + 8 * r;
-    T* const out = static_cast<T*>(to) +
-                   ((int64_t(tile.batch) * w.rows + tile.first_row + key) * (w.heads / w.group) + tile.kv_head) * DIM +
-                   thread % 4 * 8;
+    const int64_t place = (int64_t(tile.batch) * w.rows + tile.first_row + key) * kv_heads + tile.kv_head;
+    if (parts) {
+      float* const out = parts + (place * w.group + part) * DIM + fragment_column(thread);
+      if (key < tile.rows)
+#pragma unroll
+        for (int j = 0; j < DIM / 2; j += 4)
+          *reinterpret_cast<float2*>(out + j * 2) = {d[j + 2 * r] * scale, d[j + 2 * r + 1] * scale};
+      continue;
+    }
+    T* const out = static_cast<T*>(to) + place * DIM + thread % 4 * 8;
 #pragma unroll
     for (int j = 0; j < DIM / 2; j += 16) {  // 32 columns
       uint32_t pairs[4];
@@ -239,27 +291,6 @@ __device__ __forceinline__ void store_rows(const float (&d)[DIM / 2], void* to, 
       if (key < tile.rows) *reinterpret_cast<uint4*>(out + j * 2) = eight;
     }
   }
-}
-
-// Tiles add to a block one after the other, in the order of their keys, each warpgroup to its half.
-//
-// All that this warpgroup has added to `block` has arrived; the next tile may.
-__device__ __forceinline__ void say_added(const Work& w, int64_t block, int warpgroup, int thread) {
-  if (block < 0) return;
-  __threadfence();
-  barrier_sync(WARPGROUP + warpgroup, 128);
-  if (thread == 0) atomicAdd(w.turns + block * 2 + warpgroup, 1);
-}
-// Of the tiles before this one those add that have a key which the step's first query sees, or a later one.
-template <typename S>
-__device__ __forceinline__ void wait_turn(const Work& w, const Tile& tile, int64_t block, int step, int warpgroup,
-                                          int thread) {
-  const int first_key = w.right < 0 ? 0 : max(0, step * S::QUERIES - (tile.columns - tile.rows) - w.right);
-  const int before = tile.row / S::KEYS - first_key / S::KEYS;
-  if (thread == 0)
-    while (*static_cast<volatile int*>(w.turns + block * 2 + warpgroup) < before) {}
-  __threadfence();
-  barrier_sync(WARPGROUP + warpgroup, 128);
 }
 
 template <typename S>
@@ -282,6 +313,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
   Step<TILES> tile_step;
   Step<S::KEY_STAGES> key_step;
   Step<S::STAGES> step;
+  Step<1> turn;
   int buffer = 0;  // of ds
   float dk[S::DIM / 2], dv[S::DIM_V / 2];
 
@@ -299,9 +331,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
     const int first_whole = (band_of(w, tile, first + 63).begin + S::QUERIES - 1) / S::QUERIES;
     const int end_whole = first + 64 > tile.rows ? 0 : band_of(w, tile, first).end / S::QUERIES;
     const auto is_whole = [&](int i) { return i >= first_whole && i < end_whole; };
-    // A tile that nobody sees adds nothing.
-    const bool adds = band_of(w, tile, tile.row).begin < band_of(w, tile, min(tile.row + S::KEYS, tile.rows) - 1).end;
-    int64_t added = -1;  // the block to which this warpgroup has added, and has not said so
+    const bool adds = is_seen<S>(w, tile);
 
     shared.key_ring.wait(key_step);
     if (w.row_bounds && tile.row + S::KEYS > tile.rows) {
@@ -388,16 +418,16 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
       wgmma_wait<1>();
       pin(dq);
       if (adds) {
-        const int64_t block = block_of<S>(w, tile, head, i);
-        if (w.turns) {
-          // In the order of the tiles. What was added a step before has arrived by now.
-          say_added(w, added, warpgroup, thread);
-          added = block;
-          wait_turn<S>(w, tile, block, i, warpgroup, thread);
-        }
-        float* const sums = w.sums + (block * S::WIDTH + warpgroup * S::HALF) * S::QUERIES + thread * 4;
+        if (w.ordered) shared.turn_ring.wait(turn);
+        float* const sums =
+            w.sums + (block_of<S>(w, tile, head, i) * S::WIDTH + warpgroup * S::HALF) * S::QUERIES + thread * 4;
 #pragma unroll
         for (int j = 0; j < S::HALF / 2; j += 4) add_to_global(sums + j * 128, dq[j], dq[j + 1], dq[j + 2], dq[j + 3]);
+        if (w.ordered) {
+          __syncwarp();
+          if (speaks) shared.turn_ring.release(turn);
+          turn.next();
+        }
       }
       wgmma_wait<0>();
       pin(dk);
@@ -417,9 +447,8 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
     }
     if (speaks) shared.key_ring.release(key_step);
     key_step.next();
-    if (w.turns) say_added(w, added, warpgroup, thread);
-    store_rows<T, S::DIM>(dk, w.dk, w, tile, first, thread, w.scale);
-    store_rows<T, S::DIM_V>(dv, w.dv, w, tile, first, thread, 1);
+    store_rows<T, S::DIM>(dk, w.dk, w.dk_parts, w, tile, first, thread, w.scale);
+    store_rows<T, S::DIM_V>(dv, w.dv, w.dv_parts, w, tile, first, thread, 1);
     __syncwarp();
     if (speaks) shared.tile_ring.release(tile_step);
   }
@@ -432,7 +461,8 @@ __global__ void __launch_bounds__(S::THREADS, 1) backward_kernel(const __grid_co
     shared.key_ring.init(1, 8);
     shared.q_ring.init(2, 8);
     shared.dout_ring.init(2, 8);
-    shared.tile_ring.init(1, 9);
+    shared.tile_ring.init(1, w.ordered ? 10 : 9);
+    shared.turn_ring.init(1, 8);
     fence_barrier_init();
   }
   __syncthreads();
@@ -442,6 +472,8 @@ __global__ void __launch_bounds__(S::THREADS, 1) backward_kernel(const __grid_co
       if (elected()) produce<S>(w, shared);
     } else if (threadIdx.x < 64) {
       produce_statistics<S>(w, shared);
+    } else if (threadIdx.x < 96 && w.ordered) {
+      keep_turns<S>(w, shared);
     }
   } else {
     more_registers<S::CONSUMER_REGISTERS>();
@@ -546,6 +578,21 @@ __global__ void __launch_bounds__(CONVERT_THREADS) convert_kernel(const __grid_c
   }
 }
 
+// Sums of the parts of dk or dv, of rows of 8 columns, in their order.
+template <typename T>
+__global__ void __launch_bounds__(256) add_parts_kernel(const float4* parts, uint4* sums, int64_t count, int dim, int group) {
+  wait_for_previous();
+  for (int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x; i < count; i += int64_t(gridDim.x) * 256) {
+    const float4* part = parts + (i / (dim / 8) * group * (dim / 8) + i % (dim / 8)) * 2;
+    float4 a{}, b{};
+    for (int j = 0; j < group; ++j, part += dim / 4) {
+      const float4 x = part[0], y = part[1];
+      a = {a.x + x.x, a.y + x.y, a.z + x.z, a.w + x.w}, b = {b.x + y.x, b.y + y.y, b.z + y.z, b.w + y.w};
+    }
+    sums[i] = {pack<T>(a.x, a.y), pack<T>(a.z, a.w), pack<T>(b.x, b.y), pack<T>(b.z, b.w)};
+  }
+}
+
 // -------------------------------------------------------------------------------------------------------------- launch
 
 // Of a tensor [batch, rows, heads, dim], of which a copy takes `box` rows and 64 columns of a head.
@@ -559,13 +606,23 @@ CUtensorMap map_of(const char* name, const void* base, MapElement element, Atten
 }
 
 constexpr int TILE_KEYS = 128, STEP_QUERIES = 64;
+constexpr int TILES_A_BLOCK = TAB;  // at least, so that blocks end at about the same time
+
+// Parts of the query heads of each head of keys, with tiles of their own: as few as keep all multiprocessors busy to the end.
+int parts_of(const AttentionBackwardParams& p, int blocks) {
+  const int heads = p.heads / p.kv_heads;
+  const int64_t tiles = p.batch * p.kv_heads * tiles_of_strip(p, p.keys, TILE_KEYS);
+  for (int parts = 1; parts < heads; ++parts)
+    if (heads % parts == 0 && tiles * parts >= TILES_A_BLOCK * blocks) return parts;
+  return heads;
+}
 
 // Where what lies in the workspace, in bytes.
 struct Workspace {
-  int64_t lse, delta, sums, turns, end;
-  int blocks;
+  int64_t lse, delta, sums, turns, dk_parts, dv_parts, end;
+  int blocks, parts;
 
-  explicit Workspace(const AttentionBackwardParams& p) {
+  Workspace(const AttentionBackwardParams& p, int most_blocks) {
     const auto after = [](int64_t begin, int64_t bytes) { return begin + (bytes + 255) / 256 * 256; };
     const int64_t rows = int64_t(p.batch) * p.heads, width = (p.dim + 63) / 64 * 64;
     blocks = int(tiles_of_strip(p, p.queries, STEP_QUERIES));
@@ -573,7 +630,11 @@ struct Workspace {
     delta = after(lse, rows * p.queries * 4);
     sums = after(delta, rows * p.queries * 4);
     turns = sums + rows * blocks * STEP_QUERIES * width * 4;
-    end = after(turns, p.deterministic ? rows * blocks * 2 * 4 : 0);
+    dk_parts = after(turns, p.deterministic ? rows * blocks * 4 : 0);
+    parts = parts_of(p, most_blocks);
+    const int64_t key_rows = parts > 1 ? int64_t(p.batch) * p.keys * p.kv_heads * parts : 0;
+    dv_parts = after(dk_parts, key_rows * p.dim * 4);
+    end = after(dv_parts, key_rows * p.dim_v * 4);
   }
 };
 
@@ -582,15 +643,17 @@ cudaError_t launch_backward(const AttentionBackwardParams& p, cudaStream_t strea
   using T = typename S::T;
   static_assert(S::KEYS == TILE_KEYS && S::QUERIES == STEP_QUERIES);
   const MapElement element = p.type == AttentionType::float16 ? MAP_FLOAT16 : MAP_BFLOAT16;
-  const Workspace workspace(p);
-  char* const base = static_cast<char*>(p.workspace);
-  const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
   int most_blocks = 0;
   if (const cudaError_t error = multiprocessors(most_blocks)) return error;
+  const Workspace workspace(p, most_blocks);
+  char* const base = static_cast<char*>(p.workspace);
+  const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
 
   const int64_t query_bytes = (S::DIM + S::DIM_V) * element.bytes + S::WIDTH * 4;
-  const int together = p.heads / p.kv_heads;
-  Work w{schedule_of(p, p.workspace, true, p.kv_heads, S::KEYS, p.queries * query_bytes * together, p.deterministic)};
+  const int parts = workspace.parts, together = p.heads / p.kv_heads / parts;
+  Work w{schedule_of(p, p.workspace, true, p.kv_heads * parts, S::KEYS, p.queries * query_bytes * together, p.deterministic)};
+  // Blocks that wait for each other's sums wait less if there are few of a strip.
+  if (w.ordered) w.strips_together = std::min(w.strips, std::max(w.strips_together, most_blocks / 8));
   w.q = map_of("q", p.q, element, p.q_strides, p.batch, p.queries, p.heads, p.dim, S::QUERIES);
   w.k = map_of("k", p.k, element, p.k_strides, p.batch, p.keys, p.kv_heads, p.dim, S::KEYS);
   w.v = map_of("v", p.v, element, p.v_strides, p.batch, p.keys, p.kv_heads, p.dim_v, S::KEYS);
@@ -598,6 +661,7 @@ cudaError_t launch_backward(const AttentionBackwardParams& p, cudaStream_t strea
   w.lse = floats(workspace.lse), w.delta = floats(workspace.delta), w.sums = floats(workspace.sums);
   w.turns = p.deterministic ? reinterpret_cast<int*>(base + workspace.turns) : nullptr;
   w.dk = p.dk, w.dv = p.dv;
+  if (parts > 1) w.dk_parts = floats(workspace.dk_parts), w.dv_parts = floats(workspace.dv_parts);
   w.query_heads = p.heads, w.heads_together = together, w.blocks = workspace.blocks;
   w.scale = p.scale, w.exponent_scale = p.scale * 1.44269504f;
   if (w.row_bounds)
@@ -605,7 +669,7 @@ cudaError_t launch_backward(const AttentionBackwardParams& p, cudaStream_t strea
 
   const PrepareWork prepare{p.out, p.dout, p.out_strides, p.dout_strides, p.lse, floats(workspace.lse),
                             floats(workspace.delta), reinterpret_cast<uint4*>(base + workspace.sums),
-                            (workspace.end - workspace.sums) / 16, w.row_bounds ? nullptr : &w.list->next,
+                            (workspace.dk_parts - workspace.sums) / 16, w.row_bounds ? nullptr : &w.list->next,
                             p.batch, p.queries, p.heads};
   constexpr int LANES = S::DIM_V <= 64 ? 8 : S::DIM_V <= 128 ? 16 : 32;
   const int64_t threads = int64_t(p.batch) * p.queries * p.heads * LANES;
@@ -620,7 +684,17 @@ cudaError_t launch_backward(const AttentionBackwardParams& p, cudaStream_t strea
     return error;
 
   const ConvertWork convert{schedule_of(p, p.workspace, false, p.heads, S::QUERIES, 1), w.sums, p.dq, w.blocks, p.scale};
-  return launch(convert_kernel<S>, {dim3(w.blocks * p.heads * p.batch), dim3(CONVERT_THREADS), 0, stream, true}, convert);
+  if (const cudaError_t error = launch(
+          convert_kernel<S>, {dim3(w.blocks * p.heads * p.batch), dim3(CONVERT_THREADS), 0, stream, true}, convert))
+    return error;
+  if (parts == 1) return cudaSuccess;
+  const auto add_parts = [&](const float* of, void* to, int dim) {
+    const int64_t count = int64_t(p.batch) * p.keys * p.kv_heads * dim / 8;
+    return launch(add_parts_kernel<T>, {dim3(std::min<int64_t>((count + 255) / 256, 16 * most_blocks)), dim3(256), 0, stream},
+                  reinterpret_cast<const float4*>(of), static_cast<uint4*>(to), count, dim, parts);
+  };
+  if (const cudaError_t error = add_parts(w.dk_parts, p.dk, p.dim)) return error;
+  return add_parts(w.dv_parts, p.dv, p.dim_v);
 }
 
 // A study of one head dim compiles nothing else, for bf16 alone.
@@ -640,7 +714,11 @@ cudaError_t backward_of(const AttentionBackwardParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t attention_backward_workspace(const AttentionBackwardParams& p) { return Workspace(p).end; }
+int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
+  int most_blocks = 0;
+  multiprocessors(most_blocks);  // an error is the launch's to report
+  return Workspace(p, most_blocks).end;
+}
 
 cudaError_t attention_backward(const AttentionBackwardParams& p, cudaStream_t stream) {
   if (p.keys < 1 || p.queries < 1 || p.keys > ATTENTION_LONGEST || p.queries > ATTENTION_LONGEST || p.kv_heads < 1 ||
