@@ -7,17 +7,14 @@
 // Everything is transposed: a tile is 128 keys, a step 64 queries of a head, so that p and ds are in registers what dv and dk
 // need of them. In a block two consumer warpgroups have 64 keys each, with their sums of dk and dv; of the warps of the first
 // warpgroup, one thread loads k, v and a ring of stages of q and dout, and another warp what is known of each query. Only
-// ds goes through shared memory: dq needs that of both warpgroups, and each of them computes half of its columns. Tiles of
-// different keys add to the sums of the same queries.
+// ds goes through shared memory: dq needs that of both warpgroups. Tiles of different keys add to the sums of the same
+// queries.
 //
 // Every mask is a band, and a tile visits the queries that any of its keys is seen by, from the last one back. A tile is of one
 // head of keys: its steps go through all heads of queries that share it.
 // docs/kernels/attention_backward.md says what was tried and measured.
 #include <algorithm>
 #include <type_traits>
-#ifndef TAB
-#define TAB 8
-#endif
 
 #include <cuda.h>
 
@@ -48,7 +45,9 @@ struct Sizes {
   static constexpr int QUERIES = 64;                                              // of a step
   static constexpr int STAGES = 2;                                                // of q, and of dout
   static constexpr int KEY_STAGES = 2;                                            // the next tile's k and v have room
-  static constexpr int HALF = WIDTH / 2;                                          // of dq's columns: a warpgroup's
+  // dq of a step is computed by the warpgroups in turn where its sums fit into the registers of one, and else half by each.
+  static constexpr bool ALTERNATE = WIDTH == 64;
+  static constexpr int OWN = ALTERNATE ? WIDTH : WIDTH / 2;  // columns
   static constexpr int THREADS = 384;
   static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 };
@@ -248,9 +247,9 @@ __device__ __forceinline__ void multiply_queries(float (&d)[COUNT], const uint32
     wgmma<typename S::T, MN_MAJOR>(d, a + i / 4, advance(b, i * 128), accumulate || i > 0);
 }
 
-// dq = dsT k over the tile's keys, half of its columns.
+// dq = dsT k over the tile's keys, in a warpgroup's own columns.
 template <typename S>
-__device__ __forceinline__ void multiply_keys(float (&dq)[S::HALF / 2], uint64_t ds, uint64_t k) {
+__device__ __forceinline__ void multiply_keys(float (&dq)[S::OWN / 2], uint64_t ds, uint64_t k) {
 #pragma unroll
   for (int i = 0; i < S::KEYS; i += 16)
     wgmma<typename S::T, MN_MAJOR, MN_MAJOR>(dq, advance(ds, i * 128), advance(k, i * 128), i > 0);
@@ -306,9 +305,10 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
   const uint64_t q = k_major(q_address), dout = k_major(dout_address);
   const uint64_t q_rows = mn_major(q_address, S::QUERIES * 128), dout_rows = mn_major(dout_address, S::QUERIES * 128);
   const uint64_t ds = mn_major(shared_address(shared.ds), S::KEYS * 128);
-  // 64 bytes into a slab where half of dq's columns are 32.
-  const uint64_t k_rows = mn_major(
-      k_address + warpgroup * (S::HALF < 64 ? S::HALF * 2 : S::HALF / 64 * S::KEYS * 128), S::KEYS * 128);
+  // Of dq, from here on.
+  const int own = S::ALTERNATE ? 0 : warpgroup * S::OWN;
+  const uint64_t k_rows = mn_major(k_address + own * S::KEYS * 2, S::KEYS * 128);
+  float* const own_sums = w.sums + own * S::QUERIES + thread * 4;
 
   Step<TILES> tile_step;
   Step<S::KEY_STAGES> key_step;
@@ -323,10 +323,14 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
     const int begin = __shfl_sync(0xffffffff, tile.begin, 0), end = __shfl_sync(0xffffffff, tile.end, 0);
     if (end == 0) break;
     const int first = tile.row + warpgroup * 64;  // of this warpgroup's keys
-    const int row = first + fragment_row(thread);
-    const Band nothing{0, 0};
-    const Band seen[2] = {row < tile.rows ? band_of(w, tile, row) : nothing,
-                          row + 8 < tile.rows ? band_of(w, tile, row + 8) : nothing};
+    // Zeros where a query does not see a key.
+    const auto hide = [&](auto& x, int i) {
+      const int row = first + fragment_row(thread);
+      const Band nothing{0, 0};
+      const Band seen[2] = {row < tile.rows ? band_of(w, tile, row) : nothing,
+                            row + 8 < tile.rows ? band_of(w, tile, row + 8) : nothing};
+      mask(x, seen, i * S::QUERIES + fragment_column(thread), 0);
+    };
     // Steps of which all keys of this warpgroup are seen by every query.
     const int first_whole = (band_of(w, tile, first + 63).begin + S::QUERIES - 1) / S::QUERIES;
     const int end_whole = first + 64 > tile.rows ? 0 : band_of(w, tile, first).end / S::QUERIES;
@@ -341,7 +345,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
     }
 
     const auto one = [&](int head, int i, bool accumulate, auto masked) {
-      float s[S::QUERIES / 2], dp[S::QUERIES / 2], dq[S::HALF / 2];
+      float s[S::QUERIES / 2], dp[S::QUERIES / 2];
       uint32_t p_pairs[S::QUERIES / 4], ds_pairs[S::QUERIES / 4];
       const bool cut = w.row_bounds && tile.columns < (i + 1) * S::QUERIES;
 
@@ -367,7 +371,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
         for (int e = 0; e < 4; ++e)
           s[4 * j + e] = exp2_fast(s[4 * j + e] * w.exponent_scale - (e % 2 ? pair.y : pair.x));
       }
-      if constexpr (decltype(masked)::value) mask(s, seen, i * S::QUERIES + fragment_column(thread), 0);
+      if constexpr (decltype(masked)::value) hide(s, i);
 #pragma unroll
       for (int j = 0; j < S::QUERIES / 4; ++j) p_pairs[j] = pack<T>(s[2 * j], s[2 * j + 1]);
 
@@ -381,7 +385,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
         for (int e = 0; e < 4; ++e) dp[4 * j + e] = s[4 * j + e] * (dp[4 * j + e] - (e % 2 ? pair.y : pair.x));
       }
       if constexpr (decltype(masked)::value) {
-        mask(dp, seen, i * S::QUERIES + fragment_column(thread), 0);
+        hide(dp, i);
         if (cut) {
           const int left = tile.columns - i * S::QUERIES;
           clear_rows(shared.q[step.stage], S::QUERIES, S::WIDTH, left, thread);
@@ -404,31 +408,43 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
       // ds of both warpgroups is there, and both have read that of the step before.
       fence_proxy_async();
       barrier_sync(CONSUMERS, 256);
-      wgmma_fence();
-      multiply_keys<S>(dq, advance(ds, buffer * DS_STAGE), advance(k_rows, key_step.stage * K_STAGE));
-      wgmma_commit();
-      wgmma_wait<1>();
-      pin(dv);
-      pin(p_pairs);
-      if (speaks) shared.dout_ring.release(step);
-      wgmma_fence();
-      multiply_queries<S>(dk, ds_pairs, advance(q_rows, step.stage * Q_STAGE), accumulate);
-      wgmma_commit();
-
-      wgmma_wait<1>();
-      pin(dq);
-      if (adds) {
-        if (w.ordered) shared.turn_ring.wait(turn);
-        float* const sums =
-            w.sums + (block_of<S>(w, tile, head, i) * S::WIDTH + warpgroup * S::HALF) * S::QUERIES + thread * 4;
+      const auto finish_values = [&] {
+        pin(dv);
+        pin(p_pairs);
+        if (speaks) shared.dout_ring.release(step);
+      };
+      const auto issue_keys = [&] {
+        wgmma_fence();
+        multiply_queries<S>(dk, ds_pairs, advance(q_rows, step.stage * Q_STAGE), accumulate);
+        wgmma_commit();
+      };
+      if (!S::ALTERNATE || buffer == warpgroup) {
+        float dq[S::OWN / 2];
+        wgmma_fence();
+        multiply_keys<S>(dq, advance(ds, buffer * DS_STAGE), advance(k_rows, key_step.stage * K_STAGE));
+        wgmma_commit();
+        wgmma_wait<1>();
+        finish_values();
+        issue_keys();
+        wgmma_wait<1>();
+        pin(dq);
+        if (adds) {
+          if (w.ordered) shared.turn_ring.wait(turn);
+          float* const sums = own_sums + block_of<S>(w, tile, head, i) * S::WIDTH * S::QUERIES;
 #pragma unroll
-        for (int j = 0; j < S::HALF / 2; j += 4) add_to_global(sums + j * 128, dq[j], dq[j + 1], dq[j + 2], dq[j + 3]);
-        if (w.ordered) {
-          __syncwarp();
-          if (speaks) shared.turn_ring.release(turn);
-          turn.next();
+          for (int j = 0; j < S::OWN / 2; j += 4)
+            add_to_global(sums + j * 128, dq[j], dq[j + 1], dq[j + 2], dq[j + 3]);
+          if (w.ordered) {
+            __syncwarp();
+            if (speaks) shared.turn_ring.release(turn);
+          }
         }
+      } else {
+        wgmma_wait<0>();
+        finish_values();
+        issue_keys();
       }
+      if (adds) turn.next();
       wgmma_wait<0>();
       pin(dk);
       pin(ds_pairs);
@@ -462,7 +478,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) backward_kernel(const __grid_co
     shared.q_ring.init(2, 8);
     shared.dout_ring.init(2, 8);
     shared.tile_ring.init(1, w.ordered ? 10 : 9);
-    shared.turn_ring.init(1, 8);
+    shared.turn_ring.init(1, S::ALTERNATE ? 4 : 8);
     fence_barrier_init();
   }
   __syncthreads();
@@ -562,7 +578,7 @@ __global__ void __launch_bounds__(CONVERT_THREADS) convert_kernel(const __grid_c
   for (int i = threadIdx.x; i < S::QUERIES / 2 * CHUNKS; i += CONVERT_THREADS) {
     const int column = i % CHUNKS * 8, upper = i / CHUNKS / 8 * 16 + i / CHUNKS % 8;  // rows: upper and eight below
     const float4* const four =
-        sums + ((column / S::HALF) * (S::HALF / 8) + column % S::HALF / 8) * 128 + upper / 16 * 32 + upper % 8 * 4;
+        sums + column / 8 * 128 + upper / 16 * 32 + upper % 8 * 4;
     uint4 eight[2];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -606,7 +622,7 @@ CUtensorMap map_of(const char* name, const void* base, MapElement element, Atten
 }
 
 constexpr int TILE_KEYS = 128, STEP_QUERIES = 64;
-constexpr int TILES_A_BLOCK = TAB;  // at least, so that blocks end at about the same time
+constexpr int TILES_A_BLOCK = 8;  // at least, so that blocks end at about the same time
 
 // Parts of the query heads of each head of keys, with tiles of their own: as few as keep all multiprocessors busy to the end.
 int parts_of(const AttentionBackwardParams& p, int blocks) {
