@@ -1,14 +1,10 @@
 // The experts' matrix products as the host sees them: what each computes, its parameters, its launch. No PyTorch here.
 //
-//   T tokens    K slots of a token    R rows, sorted by expert    E experts    d model dim    n hidden dim of an expert
+//   R rows, sorted by expert    E experts    d model dim    n hidden dim of an expert
 //
 // Expert e owns rows offsets[e] ... offsets[e + 1]; rows from offsets[E] on belong to nobody: they may hold anything and
-// are not written. Row r computes slot row_slot[r], one of token row_slot[r] / K: what has a row for each token is read there,
-// and nowhere copied together; where row_slot[r] is no slot, zeros are read. Without row_slot tokens are rows, and slots too:
-// T is R, K is 1.
-//
-// d and n are multiples of 8. Addresses and strides are multiples of 16 bytes, as TMA wants it. Sums are in float32, results
-// are rounded once. One writer for every element and a fixed order of sums: results repeat bitwise.
+// are not written. d and n are multiples of 8. Addresses and strides are multiples of 16 bytes, as TMA wants it. Sums are in
+// float32, results are rounded once. One writer for every element and a fixed order of sums: results repeat bitwise.
 #pragma once
 
 #include <cstdint>
@@ -31,34 +27,30 @@ struct Weights {
 
 // What all of them are given.
 struct Experts {
-  const int32_t* offsets;   // [E + 1]
-  const int32_t* row_slot;  // [R], or null; whatever the values of both are, nothing outside the tensors is touched
-  int64_t tokens, rows;     // T, R
-  int slots;                // K
-  int count, dim, hidden;   // E, d, n
-  bool half;                // float16, else bfloat16
+  const int32_t* offsets;  // [E + 1]; whatever its values are, nothing outside the tensors is touched
+  int64_t rows;            // R
+  int count, dim, hidden;  // E, d, n
+  bool half;               // float16, else bfloat16
 };
 constexpr int MOST_EXPERTS = 4096;
 
-// Before the others: zeros in `claimed`, of which each launch gets one number to count the tiles that blocks have taken; and
-// with row_slot assertions that it and slot_row are each other's inverse.
-struct MoEBeginParams {
-  Experts experts;
-  const int32_t* slot_row;  // [T, K]; null without row_slot
-  int32_t* claimed;
-  int launches;
+// `claimed`, one number of each launch, counts the tiles that blocks have taken: 0 before.
+
+// The router's weight of a row, in float32: weights[row_slot[row]], weights[row] without row_slot, 1 without weights.
+struct RowWeights {
+  const float* weights;
+  const int32_t* row_slot;
 };
-cudaError_t moe_begin(const MoEBeginParams& params, cudaStream_t stream);
 
 // h = [x w1T, x w3T], a = silu(gate) * up * weight, from the rounded h.
 struct MoEUpParams {
   Experts experts;
   int32_t* claimed;
-  Matrix x;              // [T, d]
-  Weights w1, w3;        // [E, n, d]
-  const float* weights;  // the router's, of the slots: [T, K]; or null: all one
-  Matrix h;              // [R, 2 n]: gate, up
-  Matrix a;              // [R, n]
+  Matrix x;         // [R, d]
+  Weights w1, w3;   // [E, n, d]
+  RowWeights weights;
+  Matrix h;         // [R, 2 n]: gate, up
+  Matrix a;         // [R, n]
 };
 cudaError_t moe_up(const MoEUpParams& params, cudaStream_t stream);
 
@@ -77,13 +69,13 @@ cudaError_t moe_down(const MoEDownParams& params, cudaStream_t stream);
 struct MoEDownBackwardParams {
   Experts experts;
   int32_t* claimed;
-  Matrix dy;             // [T, d]
-  Weights w2;            // [E, d, n]
-  Matrix h;              // [R, 2 n]
-  const float* weights;  // [T, K], or null
-  Matrix dh;             // [R, 2 n]
-  Matrix a;              // [R, n]
-  float* dweights;       // [T, K], of which slots without a row are not written; or null
+  Matrix dy;   // [R, d]
+  Weights w2;  // [E, d, n]
+  Matrix h;    // [R, 2 n]
+  RowWeights weights;
+  Matrix dh;        // [R, 2 n]
+  Matrix a;         // [R, n]
+  float* dweights;  // like weights, of which rows of nobody are not written; or null
 };
 cudaError_t moe_down_backward(const MoEDownBackwardParams& params, cudaStream_t stream);
 
@@ -101,7 +93,7 @@ cudaError_t moe_up_backward(const MoEUpBackwardParams& params, cudaStream_t stre
 struct MoEWeightGradientDownParams {
   Experts experts;
   int32_t* claimed;
-  Matrix dy;  // [T, d]
+  Matrix dy;  // [R, d]
   Matrix a;   // [R, n]
   void* dw2;  // [E, d, n], contiguous
 };
@@ -112,7 +104,7 @@ struct MoEWeightGradientUpParams {
   Experts experts;
   int32_t* claimed;
   Matrix dh;        // [R, 2 n]
-  Matrix x;         // [T, d]
+  Matrix x;         // [R, d]
   void *dw1, *dw3;  // [E, n, d], contiguous
 };
 cudaError_t moe_weight_gradient_up(const MoEWeightGradientUpParams& params, cudaStream_t stream);

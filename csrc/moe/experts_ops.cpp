@@ -70,8 +70,6 @@ struct Layer {
       check_indices("slot_row", *slot_row, 2, x);
       STD_TORCH_CHECK(slot_row->size(0) == x.size(0), "slot_row must have a row per token of x, found ", text(*slot_row),
                       " and ", text(x));
-      STD_TORCH_CHECK(slot_row->numel() <= INT32_MAX && slot_row->size(1) <= INT32_MAX,
-                      "slot_row must have fewer than 2^31 entries, found ", text(*slot_row));
       this->row_slot = torch::stable::contiguous(*row_slot), this->slot_row = torch::stable::contiguous(*slot_row);
     }
     if (weights) {
@@ -89,22 +87,26 @@ struct Layer {
     this->offsets = torch::stable::contiguous(offsets);
     const int64_t rows = routed ? row_slot->size(0) : x.size(0);
     STD_TORCH_CHECK(rows <= INT32_MAX, "the compiled kernels take fewer than 2^31 rows, found ", rows);
-    experts = {this->offsets.const_data_ptr<int32_t>(), routed ? this->row_slot.const_data_ptr<int32_t>() : nullptr,
-               x.size(0), rows, routed ? int(slot_row->size(1)) : 1, int(count), int(dim), int(hidden),
+    experts = {this->offsets.const_data_ptr<int32_t>(), rows, int(count), int(dim), int(hidden),
                type == ScalarType::Half};
   }
 
   Tensor matrix_of(int64_t columns) const { return new_empty(x, {experts.rows, columns}); }
 
-  // What each of so many launches has to claim its tiles; maps that the kernels cannot take are asserted here.
-  Tensor begin(int launches, cudaStream_t stream) const {
-    Tensor claims = new_empty(x, {launches}, ScalarType::Int);
-    const int32_t* const inverse = routed ? slot_row.const_data_ptr<int32_t>() : nullptr;
-    check_launch(moe_begin({experts, inverse, claims.mutable_data_ptr<int32_t>(), launches}, stream));
-    return claims;
+  Tensor zeros(int64_t count) const {
+    Tensor found = new_empty(x, {count}, ScalarType::Int);
+    torch::stable::zero_(found);
+    return found;
   }
 
-  const float* slot_weights() const { return weights ? weights->const_data_ptr<float>() : nullptr; }
+  RowWeights row_weights() const {
+    return {weights ? weights->const_data_ptr<float>() : nullptr, routed ? row_slot.const_data_ptr<int32_t>() : nullptr};
+  }
+
+  // Tokens, or their gradients, as rows.
+  Tensor rows_of(const Tensor& tokens) const {
+    return routed ? permute_tokens(tokens, row_slot, slot_row) : readable(tokens);
+  }
 
   // Rows summed over each token's slots; rows themselves where they are what was asked for.
   Tensor tokens_of(const Tensor& rows, const std::optional<Tensor>& factors, cudaStream_t stream) const {
@@ -127,14 +129,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
   const Experts& e = layer.experts;
+  const Tensor claims = layer.zeros(2);
+  int32_t* const claimed = claims.mutable_data_ptr<int32_t>();
   Tensor h = layer.matrix_of(2 * e.hidden), y = layer.matrix_of(e.dim);
   if (e.rows > 0) {
-    const Tensor tokens = readable(x), claims = layer.begin(2, stream);
-    int32_t* const claimed = claims.mutable_data_ptr<int32_t>();
     Tensor a = layer.matrix_of(e.hidden);
-    check_launch(moe_up({e, claimed, matrix(tokens), weights_of(layer.w1), weights_of(layer.w3),
-                         layer.combine ? nullptr : layer.slot_weights(), matrix(h), matrix(a)},
-                        stream));
+    {
+      const Tensor rows = layer.rows_of(x);
+      const RowWeights scores = layer.combine ? RowWeights{} : layer.row_weights();
+      check_launch(moe_up({e, claimed, matrix(rows), weights_of(layer.w1), weights_of(layer.w3), scores, matrix(h), matrix(a)}, stream));
+    }
     check_launch(moe_down({e, claimed + 1, matrix(a), weights_of(layer.w2), matrix(y)}, stream));
   }
   return {layer.tokens_of(y, layer.combine ? layer.weights : std::nullopt, stream), h};
@@ -168,35 +172,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     return {layer.tokens_of(layer.matrix_of(e.dim), std::nullopt, stream), dweights, zeros(w1), zeros(w2), zeros(w3)};
   }
 
-  const Tensor tokens = readable(x), dy = readable(dout), readable_h = readable(h), claims = layer.begin(4, stream);
+  // In an order that keeps few tensors of the rows' size alive at once.
+  const Tensor readable_h = readable(h), claims = layer.zeros(4);
   int32_t* const claimed = claims.mutable_data_ptr<int32_t>();
-  Tensor dh = layer.matrix_of(2 * e.hidden), a = layer.matrix_of(e.hidden);
-  check_launch(moe_down_backward({e, claimed, matrix(dy), weights_of(layer.w2), matrix(readable_h), layer.slot_weights(),
-                                  matrix(dh), matrix(a), weights ? dweights.mutable_data_ptr<float>() : nullptr},
-                                 stream));
-
-  // In the order in which the fewest bytes are alive at once. dx comes before dw1 and dw3: its rows are gone when these are
-  // there. dw2 takes a's place, so it comes first where it is the smaller one, else last, when dh is gone too.
-  Tensor dx, dw1, dw2, dw3;
-  const auto finish_down = [&] {
+  Tensor dh = layer.matrix_of(2 * e.hidden), dw2;
+  {
+    const Tensor dy = layer.rows_of(dout);
+    Tensor a = layer.matrix_of(e.hidden);
+    check_launch(moe_down_backward({e, claimed, matrix(dy), weights_of(layer.w2), matrix(readable_h), layer.row_weights(), matrix(dh),
+                                    matrix(a), weights ? dweights.mutable_data_ptr<float>() : nullptr},
+                                   stream));
     dw2 = gradient_of(w2);
     check_launch(moe_weight_gradient_down({e, claimed + 1, matrix(dy), matrix(a), dw2.mutable_data_ptr()}, stream));
-    a = Tensor();
-  };
-  const bool down_first = int64_t(e.count) * e.dim <= e.rows;
-  if (down_first) finish_down();
+  }
+  Tensor dx;
   {
     Tensor drows = layer.matrix_of(e.dim);
-    check_launch(moe_up_backward({e, claimed + 2, matrix(dh), weights_of(layer.w1), weights_of(layer.w3), matrix(drows)},
-                                 stream));
+    check_launch(moe_up_backward({e, claimed + 2, matrix(dh), weights_of(layer.w1), weights_of(layer.w3), matrix(drows)}, stream));
     dx = layer.tokens_of(drows, std::nullopt, stream);
   }
-  dw1 = gradient_of(w1), dw3 = gradient_of(w3);
-  check_launch(moe_weight_gradient_up({e, claimed + 3, matrix(dh), matrix(tokens), dw1.mutable_data_ptr(),
-                                       dw3.mutable_data_ptr()},
-                                      stream));
-  dh = Tensor();
-  if (!down_first) finish_down();
+  const Tensor rows = layer.rows_of(x);
+  Tensor dw1 = gradient_of(w1), dw3 = gradient_of(w3);
+  check_launch(moe_weight_gradient_up({e, claimed + 3, matrix(dh), matrix(rows), dw1.mutable_data_ptr(), dw3.mutable_data_ptr()}, stream));
   return {dx, dweights, dw1, dw2, dw3};
 }
 

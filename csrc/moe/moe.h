@@ -6,8 +6,7 @@
 // a contiguous last dimension and a stride, in elements, from row to row.
 //
 // Index values are asserted on the device: that they are in range everywhere; that the maps are each other's inverse by
-// permute and before the experts' products; that no two slots share a row by combine's gradient, which would have two
-// writers there.
+// permute; that no two slots share a row by combine's gradient, which would have two writers there.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The operator on CUDA that others are made of: as if called through the dispatcher, with its checks.
+// Operators on CUDA that others are made of: as if called through the dispatcher, with its checks.
 #pragma once
 
 #include <optional>
@@ -7,6 +7,7 @@
 
 namespace flashmoe {
 
+Tensor permute_tokens(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row);
 Tensor combine_rows(const Tensor& rows, const Tensor& slot_row, const std::optional<Tensor>& weights);
 
 }  // namespace flashmoe

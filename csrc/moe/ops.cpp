@@ -176,7 +176,9 @@ Tensor topk_backward(const Tensor& dweights, const std::optional<Tensor>& dscore
   return dlogits;
 }
 
-Tensor permute(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row) {
+}  // namespace
+
+Tensor permute_tokens(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row) {
   check_matrix("x", x);
   check_indices("row_slot", row_slot, 1, x);
   check_indices("slot_row", slot_row, 2, x);
@@ -196,8 +198,6 @@ Tensor permute(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row) 
   check_launch(moe_permute(p, current_stream(x)));
   return rows;
 }
-
-}  // namespace
 
 Tensor combine_rows(const Tensor& rows, const Tensor& slot_row, const std::optional<Tensor>& weights) {
   check_matrix("rows", rows);
@@ -332,7 +332,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   m.impl("router_topk_backward", TORCH_BOX(&flashmoe::topk_backward));
   m.impl("moe_glu", TORCH_BOX(&flashmoe::glu));
   m.impl("moe_glu_backward", TORCH_BOX(&flashmoe::glu_backward));
-  m.impl("moe_permute", TORCH_BOX(&flashmoe::permute));
+  m.impl("moe_permute", TORCH_BOX(&flashmoe::permute_tokens));
   m.impl("moe_combine", TORCH_BOX(&flashmoe::combine_rows));
   m.impl("moe_combine_backward", TORCH_BOX(&flashmoe::combine_backward));
 }

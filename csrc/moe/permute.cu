@@ -11,6 +11,22 @@ namespace {
 
 constexpr int UNITS = 4;
 
+// Of row i and slot i. A row that two slots name would have two writers, one that names a slot of another row would have
+// none. The maps are small beside the rows, and no token waits for this.
+__device__ void check_inverse(const PermuteParams& p, int64_t i) {
+  const int64_t slots = p.tokens * p.slots;
+  if (i < p.row_count) {
+    const int slot = p.row_slot[i];
+    assert(slot < slots && "row_slot names a slot that slot_row does not have");
+    assert((slot < 0 || p.slot_row[slot] == i) && "slot_row must be the inverse of row_slot");
+  }
+  if (i < slots) {
+    const int row = p.slot_row[i];
+    assert(row < p.row_count && "slot_row names a row that row_slot does not have");
+    assert((row < 0 || p.row_slot[row] == i) && "slot_row must be the inverse of row_slot");
+  }
+}
+
 // One warp copies UNITS units per lane of one token (grid.y: the parts of a row); the blocks behind those of the tokens
 // check the maps and zero the rows that belong to nobody. Unit is as many bytes as addresses allow.
 template <typename Unit>
@@ -22,7 +38,7 @@ __global__ void __launch_bounds__(256) permute_kernel(PermuteParams p, unsigned 
   if (blockIdx.x >= token_blocks) {
     const int64_t first = (int64_t(blockIdx.x - token_blocks) * blockDim.y + threadIdx.y) * 32;
     const int64_t own = first + threadIdx.x;
-    if (blockIdx.y == 0) check_inverse(p.row_slot, p.row_count, p.slot_row, p.tokens * p.slots, own);
+    if (blockIdx.y == 0) check_inverse(p, own);
     const unsigned nobodys = __ballot_sync(0xffffffff, own < p.row_count && p.row_slot[own] < 0);
     zero_rows(rows, width, first, nobodys, part, min(width, part + UNITS * 32));
     return;

@@ -5,8 +5,7 @@
 //   moe_down_backward  da = dy w2                   then, by a kernel of its own, SwiGLU's gradient
 //   moe_up_backward    dx = dgate w1 + dup w3       one sum over both
 //
-// One thread loads stages, or a warpgroup where rows are those of tokens; two warpgroups multiply; a block takes tiles until
-// there are none. The expert is a coordinate of
+// One thread loads stages, two warpgroups multiply; a block takes tiles until there are none. The expert is a coordinate of
 // the weights' tensor map. Results go to memory by TMA, 64 rows at a time; where some of those are the next expert's, by
 // ordinary stores.
 #include "moe/activation.cuh"
@@ -37,14 +36,12 @@ struct Output {
 
 // What a kernel is given.
 struct Work {
-  CUtensorMap a;       // rows, of whose columns there may be two parts; or
-  Tokens tokens;       // what they are gathered from
+  CUtensorMap a;       // rows, of whose columns there may be two parts
   CUtensorMap b0, b1;  // weights: of the two parts, or of the two halves of a tile's columns
   Output out, activation;
   const int32_t* offsets;
   int32_t* claimed;
-  const float* weights;
-  Slots slots;
+  RowWeights weights;
   int experts, rows;
   int columns;             // tiles that cover a part of the result
   int steps, first_steps;  // stages of a tile; of a's first part
@@ -79,15 +76,14 @@ struct Walk {
 
 // ------------------------------------------------------------------------------------------------------------ producer
 
-// One thread, or where rows are gathered a warpgroup.
-template <typename T, Product P, bool GATHERED>
+// One thread.
+template <typename T, Product P>
 __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
   Walk walk{w};
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
     const bool first = k < w.first_steps;
     const int depth = first ? k * DEPTH : (k - w.first_steps) * DEPTH;
-    if constexpr (!GATHERED)
-      tma_load(shared.a[stage], &w.a, full, Keep::normal, (first ? 0 : w.second_column) + depth, tile.row);
+    tma_load(shared.a[stage], &w.a, full, Keep::normal, (first ? 0 : w.second_column) + depth, tile.row);
     T* const b = shared.b[stage];
     if constexpr (WEIGHTS_MAJOR<P> == K_MAJOR) {  // two halves: gate and up, or neighbours
       const int column = tile.column * WIDTH<P>, second = P == Product::up ? column : column + TILE_COLUMNS / 2;
@@ -100,16 +96,7 @@ __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
                  tile.expert);
     }
   };
-  const auto find = [&](int index, Tile& tile) { return walk.find(index, tile); };
-  if constexpr (GATHERED) {
-    const Gather<T, TILE_ROWS> gather{w.tokens, w.slots};
-    typename Gather<T, TILE_ROWS>::Rows rows;
-    const auto begin = [&](const Tile& tile) { rows = gather.rows(gather.fetch(tile.row, tile.left)); };
-    const auto copy = [&](const Tile&, int k, int stage) { gather.template copy<1>(shared.a[stage], rows, k * DEPTH); };
-    each_tile_gathered(shared, w.claimed, B_BYTES, find, load, begin, copy);
-  } else {
-    each_tile_published(shared, w.claimed, find, load);
-  }
+  each_tile_published(shared, w.claimed, [&](int index, Tile& tile) { return walk.find(index, tile); }, load);
 }
 
 // ----------------------------------------------------------------------------------------------------------- consumers
@@ -136,8 +123,10 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
   else return __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(pair));
 }
 
-__device__ __forceinline__ float weight_of(const float* weights, int slot) {
-  return !weights ? 1 : slot < 0 ? 0 : weights[slot];
+__device__ __forceinline__ float weight_of(const RowWeights& w, int row) {
+  if (!w.weights) return 1;
+  const int slot = w.row_slot ? w.row_slot[row] : row;
+  return slot < 0 ? 0 : w.weights[slot];
 }
 
 // gate and up of a column are sums of one thread.
@@ -145,10 +134,8 @@ template <typename T>
 __device__ __forceinline__ void finish_glu(const Work& w, const float (&d)[COUNT], const Tile& tile, Shared<T, Tile>& shared,
                                            int warpgroup, int& slab, int row, int left) {
   const int own = fragment_row(threadIdx.x % 128);
-  float weight[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    weight[i] = own + i * 8 < left ? weight_of(w.weights, w.weights ? w.slots(row + own + i * 8) : 0) : 0;
+  const float weight[2] = {own < left ? weight_of(w.weights, row + own) : 0,
+                           own + 8 < left ? weight_of(w.weights, row + own + 8) : 0};
 #pragma unroll
   for (int i = 0; i < COUNT / 2; i += 32) {  // 64 columns
     uint32_t gate[16], up[16], activation[16];
@@ -166,7 +153,7 @@ __device__ __forceinline__ void finish_glu(const Work& w, const float (&d)[COUNT
   }
 }
 
-template <typename T, Product P, bool GATHERED>
+template <typename T, Product P>
 __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
   constexpr Major B_MAJOR = WEIGHTS_MAJOR<P>;
   const uint64_t a = k_major(shared_address(shared.a) + warpgroup * 64 * 128);
@@ -176,9 +163,7 @@ __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
   int slab = 0;
   each_tile(shared, [&](const Tile& tile) {
     const int row = tile.row + warpgroup * 64, left = __shfl_sync(0xffffffff, tile.left, 0) - warpgroup * 64;
-    multiply<K_MAJOR, B_MAJOR>(d, shared, step, tile.steps, a, b, left > 0, [](int, int) {
-      if constexpr (GATHERED) fence_proxy_async();
-    });
+    multiply<K_MAJOR, B_MAJOR>(d, shared, step, tile.steps, a, b, left > 0, [](int, int) {});
     if (left <= 0) return;
     if constexpr (P == Product::up) {
       finish_glu<T>(w, d, tile, shared, warpgroup, slab, row, left);
@@ -193,36 +178,29 @@ __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
   });
 }
 
-template <typename T, Product P, bool GATHERED>
+template <typename T, Product P>
 __global__ void __launch_bounds__(THREADS, 1) products_kernel(const __grid_constant__ Work w) {
   auto& shared = shared_storage<Shared<T, Tile>>();
-  prepare<GATHERED>(shared);
+  prepare(shared);
   if (threadIdx.x < 128) {
-    fewer_registers<PRODUCER_REGISTERS<GATHERED>>();
-    if (GATHERED || (threadIdx.x < 32 && elected())) produce<T, P, GATHERED>(w, shared);
+    fewer_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x < 32 && elected()) produce<T, P>(w, shared);
   } else {
-    more_registers<CONSUMER_REGISTERS<GATHERED>>();
+    more_registers<CONSUMER_REGISTERS>();
     // From one lane, so that the compiler knows it to be the same in all: descriptors stay in uniform registers.
-    consume<T, P, GATHERED>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
+    consume<T, P>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }
 }
 
 // -------------------------------------------------------------------------------------------------- what surrounds them
 
-// One thread for a row, and for a slot: the rows of nobody, past the slots or the rows, are few.
-__global__ void __launch_bounds__(256) begin_kernel(MoEBeginParams p, int64_t entries) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < p.launches) p.claimed[i] = 0;
-  if (i < entries) check_inverse(p.experts.row_slot, p.experts.rows, p.slot_row, p.experts.tokens * p.experts.slots, i);
-}
-
 // SwiGLU's gradient, one warp a row: `a` holds da of the unweighted activation and becomes the weighted activation.
 template <typename T>
-__global__ void __launch_bounds__(256) glu_backward_kernel(MoEDownBackwardParams p, Slots slots) {
+__global__ void __launch_bounds__(256) glu_backward_kernel(MoEDownBackwardParams p) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= p.experts.rows || row >= p.experts.offsets[p.experts.count]) return;
-  const int slot = slots(int(row));
-  const float weight = weight_of(p.weights, slot);
+  const int slot = p.weights.row_slot ? p.weights.row_slot[row] : int(row);
+  const float weight = weight_of(p.weights, int(row));
   const int n = p.experts.hidden;
   const T* const h = static_cast<const T*>(p.h.data) + row * p.h.stride;
   T* const dh = static_cast<T*>(p.dh.data) + row * p.dh.stride;
@@ -269,24 +247,13 @@ Output output_of(const char* name, const Matrix& x, int64_t rows, int width, int
   return {map, x.data, x.stride, width};
 }
 
-template <typename T, Product P, bool GATHERED = false>
+template <typename T, Product P>
 cudaError_t run(const Experts& e, int32_t* claimed, Work w, cudaStream_t stream) {
   w.claimed = claimed, w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
   w.columns = (w.out.width + WIDTH<P> - 1) / WIDTH<P>;
   int blocks = 0;
   if (const cudaError_t error = multiprocessors(blocks)) return error;
-  return launch(products_kernel<T, P, GATHERED>, {dim3(blocks), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
-}
-
-// Rows times weights where the rows are x's, or with a plan those of x's tokens.
-template <typename T, Product P>
-cudaError_t run(const Experts& e, int32_t* claimed, Work w, const char* name, const Matrix& x, cudaStream_t stream) {
-  if (e.row_slot) {
-    w.tokens = tokens_of(e, x, e.dim);
-    return run<T, P, true>(e, claimed, w, stream);
-  }
-  w.a = rows_map<T>(name, x, e.rows, e.dim, TILE_ROWS);
-  return run<T, P>(e, claimed, w, stream);
+  return launch(products_kernel<T, P>, {dim3(blocks), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
 }
 
 constexpr int stages(int columns) { return (columns + DEPTH - 1) / DEPTH; }
@@ -295,12 +262,13 @@ template <typename T>
 cudaError_t up(const MoEUpParams& p, cudaStream_t stream) {
   const Experts& e = p.experts;
   Work w{};
+  w.a = rows_map<T>("x", p.x, e.rows, e.dim, TILE_ROWS);
   w.b0 = weights_map<T>("w1", p.w1, e.count, e.hidden, e.dim, TILE_COLUMNS / 2);
   w.b1 = weights_map<T>("w3", p.w3, e.count, e.hidden, e.dim, TILE_COLUMNS / 2);
-  w.weights = p.weights, w.slots = slots_of(e);
+  w.weights = p.weights;
   w.out = output_of<T>("h", p.h, e.rows, e.hidden, 2), w.activation = output_of<T>("a", p.a, e.rows, e.hidden);
   w.steps = w.first_steps = stages(e.dim);
-  return run<T, Product::up>(e, p.claimed, w, "x", p.x, stream);
+  return run<T, Product::up>(e, p.claimed, w, stream);
 }
 
 template <typename T>
@@ -318,12 +286,12 @@ template <typename T>
 cudaError_t down_backward(const MoEDownBackwardParams& p, cudaStream_t stream) {
   const Experts& e = p.experts;
   Work w{};
+  w.a = rows_map<T>("dy", p.dy, e.rows, e.dim, TILE_ROWS);
   w.b0 = w.b1 = weights_map<T>("w2", p.w2, e.count, e.dim, e.hidden, DEPTH);
   w.out = output_of<T>("a", p.a, e.rows, e.hidden);
-  w.slots = slots_of(e);
   w.steps = w.first_steps = stages(e.dim);
-  if (const cudaError_t error = run<T, Product::down_backward>(e, p.claimed, w, "dy", p.dy, stream)) return error;
-  glu_backward_kernel<T><<<blocks(e.rows), WARPS, 0, stream>>>(p, w.slots);
+  if (const cudaError_t error = run<T, Product::down_backward>(e, p.claimed, w, stream)) return error;
+  glu_backward_kernel<T><<<blocks(e.rows), WARPS, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -340,14 +308,6 @@ cudaError_t up_backward(const MoEUpBackwardParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
-
-cudaError_t moe_begin(const MoEBeginParams& p, cudaStream_t stream) {
-  const Experts& e = p.experts;
-  const int64_t entries = e.row_slot ? std::max(e.rows, e.tokens * e.slots) : 0;  // of the longer map
-  const int64_t threads = std::max(entries, int64_t(p.launches));
-  begin_kernel<<<unsigned((threads + 255) / 256), 256, 0, stream>>>(p, entries);
-  return cudaGetLastError();
-}
 
 cudaError_t moe_up(const MoEUpParams& p, cudaStream_t stream) {
   return p.experts.half ? up<__half>(p, stream) : up<__nv_bfloat16>(p, stream);

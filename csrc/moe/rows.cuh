@@ -40,22 +40,6 @@ __device__ Sum warp_sum(Sum x) {
   return x;
 }
 
-// Of row i and slot i: that the maps are each other's inverse. A row that two slots name would have two writers, one that
-// names a slot of another row would have none. The maps are small beside the rows.
-__device__ inline void check_inverse(const int32_t* row_slot, int64_t rows, const int32_t* slot_row, int64_t slots,
-                                     int64_t i) {
-  if (i < rows) {
-    const int slot = row_slot[i];
-    assert(slot < slots && "row_slot names a slot that slot_row does not have");
-    assert((slot < 0 || slot_row[slot] == i) && "slot_row must be the inverse of row_slot");
-  }
-  if (i < slots) {
-    const int row = slot_row[i];
-    assert(row < rows && "slot_row names a row that row_slot does not have");
-    assert((row < 0 || row_slot[row] == i) && "slot_row must be the inverse of row_slot");
-  }
-}
-
 // One warp zeros columns begin ... end of those of 32 rows, from `first` on, whose bits are set in `nobodys`: as a rule
 // none are.
 template <typename Unit>

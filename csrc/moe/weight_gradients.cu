@@ -2,22 +2,16 @@
 //
 //   dw2 = dyT a        dw1 = dgateT x    dw3 = dupT x
 //
-// Both operands lie in memory by rows, and are contracted over them; with a plan dy and x lie there by tokens, and their rows
-// are gathered. Rows of the next expert in the last stage are zeroed in both: 0 times NaN would be NaN. An expert without
-// rows gets zeros.
+// Both operands lie in memory by rows, and are contracted over them. Rows of the next expert in the last stage are zeroed in
+// both: 0 times NaN would be NaN. An expert without rows gets zeros.
 #include "moe/grouped.cuh"
 
 namespace flashmoe {
 namespace {
 
-// The operand whose rows are those of tokens.
-enum class Gathered { none, left, right };
-
 // What a kernel is given: out[part][e] = a[rows of e, part]T b[rows of e], parts of `height` columns.
 struct Work {
-  CUtensorMap a, b, out[2];  // no map of what is gathered
-  Tokens tokens;
-  Slots slots;
+  CUtensorMap a, b, out[2];
   const int32_t* offsets;
   int32_t* claimed;
   int experts, rows, height, width;
@@ -42,54 +36,37 @@ __device__ __forceinline__ bool find(const Work& w, int index, Tile& tile) {
   return true;
 }
 
-// One thread, or where rows are gathered a warpgroup.
-template <typename T, Gathered G>
+// One thread.
+template <typename T>
 __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
     const int row = tile.first + k * DEPTH;
-    if constexpr (G != Gathered::left)
 #pragma unroll
-      for (int i = 0; i < TILE_ROWS; i += 64)
-        tma_load(shared.a[stage] + i * DEPTH, &w.a, full, Keep::normal, tile.part * w.height + tile.row + i, row);
-    if constexpr (G != Gathered::right)
+    for (int i = 0; i < TILE_ROWS; i += 64)
+      tma_load(shared.a[stage] + i * DEPTH, &w.a, full, Keep::normal, tile.part * w.height + tile.row + i, row);
 #pragma unroll
-      for (int i = 0; i < TILE_COLUMNS; i += 64)
-        tma_load(shared.b[stage] + i * DEPTH, &w.b, full, Keep::normal, tile.column + i, row);
+    for (int i = 0; i < TILE_COLUMNS; i += 64)
+      tma_load(shared.b[stage] + i * DEPTH, &w.b, full, Keep::normal, tile.column + i, row);
   };
   const auto find_tile = [&](int index, Tile& tile) { return find(w, index, tile); };
-  if constexpr (G == Gathered::none) {
-    each_tile_published(shared, w.claimed, find_tile, load);
-  } else {
-    // Each stage has other rows: their slots are fetched one stage ahead.
-    const Gather<T, DEPTH> gather{w.tokens, w.slots};
-    int next;
-    const auto fetch = [&](const Tile& tile, int k) { next = gather.fetch(tile.first + k * DEPTH, tile.rows - k * DEPTH); };
-    const auto copy = [&](const Tile& tile, int k, int stage) {
-      const auto rows = gather.rows(next);
-      fetch(tile, k + 1);
-      if constexpr (G == Gathered::left) gather.template copy<TILE_ROWS / 64>(shared.a[stage], rows, tile.row);
-      else gather.template copy<TILE_COLUMNS / 64>(shared.b[stage], rows, tile.column);
-    };
-    each_tile_gathered(shared, w.claimed, G == Gathered::left ? B_BYTES : A_BYTES, find_tile, load,
-                       [&](const Tile& tile) { fetch(tile, 0); }, copy);
-  }
+  each_tile_published(shared, w.claimed, find_tile, load);
 }
 
-// Zeros in the rows of a stage from `begin` on, by both warpgroups. What is gathered has them.
-template <typename T, Gathered G>
+// Zeros in the rows of a stage from `begin` on, by both warpgroups.
+template <typename T>
 __device__ __forceinline__ void clear_rows(Shared<T, Tile>& shared, int stage, int begin) {
   const auto clear = [&](T* tile, int columns) {
     for (int column = 0; column < columns; column += 64)
       for (int i = begin * 8 + threadIdx.x - 128; i < DEPTH * 8; i += 256)
         reinterpret_cast<uint4*>(tile + column * DEPTH)[i] = uint4{};
   };
-  if constexpr (G != Gathered::left) clear(shared.a[stage], TILE_ROWS);
-  if constexpr (G != Gathered::right) clear(shared.b[stage], TILE_COLUMNS);
+  clear(shared.a[stage], TILE_ROWS);
+  clear(shared.b[stage], TILE_COLUMNS);
   fence_proxy_async();
   barrier_sync(CONSUMERS, 256);
 }
 
-template <typename T, Gathered G>
+template <typename T>
 __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
   const uint64_t a = mn_major(shared_address(shared.a) + warpgroup * DEPTH * 128, DEPTH * 128);
   const uint64_t b = mn_major(shared_address(shared.b), DEPTH * 128);
@@ -98,8 +75,7 @@ __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
   int slab = 0;
   each_tile(shared, [&](const Tile& tile) {
     multiply<MN_MAJOR, MN_MAJOR>(d, shared, step, tile.steps, a, b, true, [&](int k, int stage) {
-      if constexpr (G != Gathered::none) fence_proxy_async();
-      if (tile.rows - k * DEPTH < DEPTH) clear_rows<T, G>(shared, stage, tile.rows - k * DEPTH);
+      if (tile.rows - k * DEPTH < DEPTH) clear_rows(shared, stage, tile.rows - k * DEPTH);
     });
     const int row = tile.row + warpgroup * 64;
     if (row >= w.height) return;
@@ -117,31 +93,27 @@ __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
   });
 }
 
-template <typename T, Gathered G>
+template <typename T>
 __global__ void __launch_bounds__(THREADS, 1) weight_gradient_kernel(const __grid_constant__ Work w) {
-  constexpr bool GATHERED = G != Gathered::none;
   auto& shared = shared_storage<Shared<T, Tile>>();
-  prepare<GATHERED>(shared);
+  prepare(shared);
   if (threadIdx.x < 128) {
-    fewer_registers<PRODUCER_REGISTERS<GATHERED>>();
-    if (GATHERED || (threadIdx.x < 32 && elected())) produce<T, G>(w, shared);
+    fewer_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x < 32 && elected()) produce<T>(w, shared);
   } else {
-    more_registers<CONSUMER_REGISTERS<GATHERED>>();
-    consume<T, G>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
+    more_registers<CONSUMER_REGISTERS>();
+    consume<T>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }
 }
 
 // -------------------------------------------------------------------------------------------------------------- launch
 
-template <typename T, Gathered G>
+template <typename T>
 cudaError_t run(const Experts& e, int32_t* claimed, const Matrix& a, const Matrix& b, int height, int width,
                 std::initializer_list<void*> out, cudaStream_t stream) {
   Work w{};
-  if constexpr (G == Gathered::left) w.tokens = tokens_of(e, a, height);
-  else w.a = rows_map<T>("the left rows", a, e.rows, int64_t(out.size()) * height, DEPTH);
-  if constexpr (G == Gathered::right) w.tokens = tokens_of(e, b, width);
-  else w.b = rows_map<T>("the right rows", b, e.rows, width, DEPTH);
-  w.slots = slots_of(e);
+  w.a = rows_map<T>("the left rows", a, e.rows, int64_t(out.size()) * height, DEPTH);
+  w.b = rows_map<T>("the right rows", b, e.rows, width, DEPTH);
   w.claimed = claimed, w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
   int i = 0;
   for (void* part : out)
@@ -150,26 +122,19 @@ cudaError_t run(const Experts& e, int32_t* claimed, const Matrix& a, const Matri
   w.high = (height + TILE_ROWS - 1) / TILE_ROWS, w.columns = (width + TILE_COLUMNS - 1) / TILE_COLUMNS;
   int blocks = 0;
   if (const cudaError_t error = multiprocessors(blocks)) return error;
-  return launch(weight_gradient_kernel<T, G>, {dim3(blocks), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
-}
-
-// G: of an operand of tokens, where there is a plan.
-template <Gathered G>
-auto runner(const Experts& e) {
-  if (e.row_slot) return e.half ? run<__half, G> : run<__nv_bfloat16, G>;
-  return e.half ? run<__half, Gathered::none> : run<__nv_bfloat16, Gathered::none>;
+  return launch(weight_gradient_kernel<T>, {dim3(blocks), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
 }
 
 }  // namespace
 
 cudaError_t moe_weight_gradient_down(const MoEWeightGradientDownParams& p, cudaStream_t stream) {
-  const Experts& e = p.experts;
-  return runner<Gathered::left>(e)(e, p.claimed, p.dy, p.a, e.dim, e.hidden, {p.dw2}, stream);
+  const auto down = p.experts.half ? run<__half> : run<__nv_bfloat16>;
+  return down(p.experts, p.claimed, p.dy, p.a, p.experts.dim, p.experts.hidden, {p.dw2}, stream);
 }
 
 cudaError_t moe_weight_gradient_up(const MoEWeightGradientUpParams& p, cudaStream_t stream) {
-  const Experts& e = p.experts;
-  return runner<Gathered::right>(e)(e, p.claimed, p.dh, p.x, e.hidden, e.dim, {p.dw1, p.dw3}, stream);
+  const auto up = p.experts.half ? run<__half> : run<__nv_bfloat16>;
+  return up(p.experts, p.claimed, p.dh, p.x, p.experts.hidden, p.experts.dim, {p.dw1, p.dw3}, stream);
 }
 
 }  // namespace flashmoe

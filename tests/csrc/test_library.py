@@ -83,7 +83,6 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
             "glu_backward_kernel",
             "products_kernel",
             "weight_gradient_kernel",
-            "begin_kernel",
             "wgmma_kernel",
             "forward_kernel",
         )

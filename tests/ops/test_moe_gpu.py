@@ -299,7 +299,7 @@ def test_rows_of_nobody_in_h_are_not_read(dtype: torch.dtype) -> None:
 @EACH_DTYPE
 @SCORE_MODES
 def test_rows_without_a_slot(score_mode: str, dtype: torch.dtype) -> None:
-    """Among an expert's rows: as if their slots had been skipped. They are zeros, their tokens are not read."""
+    """Among an expert's rows: as if their slots had been skipped. They are zeros, whatever their token holds."""
     case = replace(NEIGHBOURS, score_mode=score_mode)
     inputs, ids = case.tensors(dtype, "cuda"), case.ids("cuda")
     dout = torch.randn(case.tokens, case.dim, device="cuda").to(dtype)
