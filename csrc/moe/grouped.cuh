@@ -91,22 +91,21 @@ template <typename T, typename Tile, typename Find, typename Load>
 __device__ __forceinline__ void each_tile_published(Shared<T, Tile>& shared, int32_t* claimed, Find find, Load load) {
   Step<TILES> step;
   Step<STAGES> stage;
-  int next = blockIdx.x;
+  int taken = int(blockIdx.x) - int(gridDim.x);  // by all blocks before, beyond each one's first
+  // The claim takes its time: it is under way while the last stages wait for room. Not earlier: whoever claims early may be
+  // the last to begin. Nothing is computed from it here: an addition would wait for it at once.
+  const auto claim = [&] { taken = atomicAdd(claimed, 1); };
   for (;;) {
-    const int index = next;
     Tile tile;
-    if (!find(index, tile)) tile.steps = -1;
+    if (!find(int(gridDim.x) + taken, tile)) tile.steps = -1;
     shared.tile_ring.acquire(step);
     shared.tiles[step.stage] = tile;
     shared.tile_ring.full[step.stage].arrive();
     step.next();
     if (tile.steps < 0) return;
-    // The claim takes its time: it is under way while the last stages wait for room. Not earlier: whoever claims early may
-    // be the last to begin.
-    const int claim = max(0, tile.steps - STAGES);
-    if (tile.steps == 0) next = int(gridDim.x) + atomicAdd(claimed, 1);
+    if (tile.steps == 0) claim();
     for (int k = 0; k < tile.steps; ++k, stage.next()) {
-      if (k == claim) next = int(gridDim.x) + atomicAdd(claimed, 1);
+      if (k == max(0, tile.steps - STAGES)) claim();
       shared.ring.acquire(stage);
       shared.ring.full[stage.stage].arrive_expecting(STAGE_BYTES);
       load(tile, k, stage.stage, shared.ring.full[stage.stage]);
