@@ -21,7 +21,7 @@ struct Matrix {
 
 // [E, rows, columns] with contiguous columns.
 struct Weights {
-  const void* data;
+  void* data;
   int64_t row_stride, expert_stride;
 };
 
@@ -64,20 +64,26 @@ struct MoEDownParams {
 };
 cudaError_t moe_down(const MoEDownParams& params, cudaStream_t stream);
 
-// da = dy w2, the gradient of the unweighted activation where dy is that of the row's weighted output; from it and h: dh, the
-// weighted activation, dweights.
+// da = dy w2, the gradient of the unweighted activation where dy is that of the row's weighted output.
 struct MoEDownBackwardParams {
   Experts experts;
   int32_t* claimed;
   Matrix dy;   // [R, d]
   Weights w2;  // [E, d, n]
-  Matrix h;    // [R, 2 n]
-  RowWeights weights;
-  Matrix dh;        // [R, 2 n]
-  Matrix a;         // [R, n]
-  float* dweights;  // like weights, of which rows of nobody are not written; or null
+  Matrix da;   // [R, n]
 };
 cudaError_t moe_down_backward(const MoEDownBackwardParams& params, cudaStream_t stream);
+
+// From da and h: dh, dweights; and the weighted activation, in da's place.
+struct MoEActivationBackwardParams {
+  Experts experts;
+  Matrix h;  // [R, 2 n]
+  RowWeights weights;
+  Matrix dh;        // [R, 2 n]
+  Matrix a;         // [R, n]: da, then the activation
+  float* dweights;  // like weights, of which rows of nobody are not written; or null
+};
+cudaError_t moe_activation_backward(const MoEActivationBackwardParams& params, cudaStream_t stream);
 
 // dx = dgate w1 + dup w3.
 struct MoEUpBackwardParams {
@@ -89,13 +95,17 @@ struct MoEUpBackwardParams {
 };
 cudaError_t moe_up_backward(const MoEUpBackwardParams& params, cudaStream_t stream);
 
-// dw2 = dyT a of every expert; zeros for experts without rows.
+// Gradients of weights, zeros for experts without rows. Each column of d is on its own in them: what is given, and written,
+// may be any `columns` of d's.
+
+// dw2 = dyT a of every expert.
 struct MoEWeightGradientDownParams {
   Experts experts;
   int32_t* claimed;
-  Matrix dy;  // [R, d]
-  Matrix a;   // [R, n]
-  void* dw2;  // [E, d, n], contiguous
+  int columns;
+  Matrix dy;    // [R, columns]
+  Matrix a;     // [R, n]
+  Weights dw2;  // [E, columns, n]
 };
 cudaError_t moe_weight_gradient_down(const MoEWeightGradientDownParams& params, cudaStream_t stream);
 
@@ -103,9 +113,10 @@ cudaError_t moe_weight_gradient_down(const MoEWeightGradientDownParams& params, 
 struct MoEWeightGradientUpParams {
   Experts experts;
   int32_t* claimed;
-  Matrix dh;        // [R, 2 n]
-  Matrix x;         // [R, d]
-  void *dw1, *dw3;  // [E, n, d], contiguous
+  int columns;
+  Matrix dh;         // [R, 2 n]
+  Matrix x;          // [R, columns]
+  Weights dw1, dw3;  // [E, n, columns]
 };
 cudaError_t moe_weight_gradient_up(const MoEWeightGradientUpParams& params, cudaStream_t stream);
 

@@ -1,5 +1,6 @@
 // moe_forward and moe_backward on CUDA: checks, allocation, the order of the kernels. flashmoe_train/ops/moe/experts.py has
 // their schemas.
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -21,7 +22,16 @@ using torch::stable::accelerator::DeviceGuard;
 
 Matrix matrix(const Tensor& x) { return {const_cast<void*>(x.const_data_ptr()), x.stride(0)}; }
 
-Weights weights_of(const Tensor& w) { return {w.const_data_ptr(), w.stride(1), w.stride(0)}; }
+// From some row and column on.
+Weights weights_of(const Tensor& w, int64_t row = 0, int64_t column = 0) {
+  const char* const data = static_cast<const char*>(w.const_data_ptr());
+  return {const_cast<char*>(data + (row * w.stride(1) + column) * w.element_size()), w.stride(1), w.stride(0)};
+}
+
+// Columns of d that are permuted at a time for a gradient of weights, in which each is on its own. Fewer need less memory;
+// but each chunk is a launch, which reads the other operand anew and ends with idle multiprocessors. A multiple of both
+// sides of a tile, so that only the last chunk has tiles that are not whole.
+constexpr int CHUNK = 512;
 
 void check_expert_weights(const char* name, const Tensor& w, const Tensor& x, int64_t experts, int64_t rows,
                           int64_t columns) {
@@ -108,6 +118,22 @@ struct Layer {
     return routed ? permute_tokens(tokens, row_slot, slot_row) : readable(tokens);
   }
 
+  // The same for gradients of weights, by chunks of columns, one after the other in the same memory:
+  // visit(rows, first column, columns). What is rows already is one chunk.
+  int chunks() const { return routed ? (experts.dim + CHUNK - 1) / CHUNK : 1; }
+
+  template <typename Visit>
+  void each_chunk(const Tensor& tokens, Visit visit) const {
+    const Tensor source = readable(tokens);
+    if (!routed) return visit(matrix(source), 0, experts.dim);
+    Tensor rows = matrix_of(std::min(CHUNK, experts.dim));
+    for (int first = 0; first < experts.dim; first += CHUNK) {
+      const int columns = std::min(CHUNK, experts.dim - first);
+      permute_columns(source, first, columns, row_slot, slot_row, rows.mutable_data_ptr());
+      visit(Matrix{rows.mutable_data_ptr(), columns}, first, columns);
+    }
+  }
+
   // Rows summed over each token's slots; rows themselves where they are what was asked for.
   Tensor tokens_of(const Tensor& rows, const std::optional<Tensor>& factors, cudaStream_t stream) const {
     if (routed) return combine_rows(rows, slot_row, factors);
@@ -131,15 +157,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
   const Experts& e = layer.experts;
   const Tensor claims = layer.zeros(2);
   int32_t* const claimed = claims.mutable_data_ptr<int32_t>();
-  Tensor h = layer.matrix_of(2 * e.hidden), y = layer.matrix_of(e.dim);
-  if (e.rows > 0) {
+  Tensor h = layer.matrix_of(2 * e.hidden), y;
+  {
     Tensor a = layer.matrix_of(e.hidden);
-    {
+    if (e.rows > 0) {
       const Tensor rows = layer.rows_of(x);
       const RowWeights scores = layer.combine ? RowWeights{} : layer.row_weights();
       check_launch(moe_up({e, claimed, matrix(rows), weights_of(layer.w1), weights_of(layer.w3), scores, matrix(h), matrix(a)}, stream));
     }
-    check_launch(moe_down({e, claimed + 1, matrix(a), weights_of(layer.w2), matrix(y)}, stream));
+    y = layer.matrix_of(e.dim);
+    if (e.rows > 0) check_launch(moe_down({e, claimed + 1, matrix(a), weights_of(layer.w2), matrix(y)}, stream));
   }
   return {layer.tokens_of(y, layer.combine ? layer.weights : std::nullopt, stream), h};
 }
@@ -172,28 +199,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     return {layer.tokens_of(layer.matrix_of(e.dim), std::nullopt, stream), dweights, zeros(w1), zeros(w2), zeros(w3)};
   }
 
-  // In an order that keeps few tensors of the rows' size alive at once.
-  const Tensor readable_h = readable(h), claims = layer.zeros(4);
-  int32_t* const claimed = claims.mutable_data_ptr<int32_t>();
-  Tensor dh = layer.matrix_of(2 * e.hidden), dw2;
+  // In the order in which the fewest bytes are alive at once.
+  const Tensor dtokens = readable(dout), readable_h = readable(h), claims = layer.zeros(2 + 2 * layer.chunks());
+  int32_t* claimed = claims.mutable_data_ptr<int32_t>();  // by the next launch
+  Tensor a = layer.matrix_of(e.hidden);
   {
-    const Tensor dy = layer.rows_of(dout);
-    Tensor a = layer.matrix_of(e.hidden);
-    check_launch(moe_down_backward({e, claimed, matrix(dy), weights_of(layer.w2), matrix(readable_h), layer.row_weights(), matrix(dh),
-                                    matrix(a), weights ? dweights.mutable_data_ptr<float>() : nullptr},
-                                   stream));
-    dw2 = gradient_of(w2);
-    check_launch(moe_weight_gradient_down({e, claimed + 1, matrix(dy), matrix(a), dw2.mutable_data_ptr()}, stream));
+    const Tensor dy = layer.rows_of(dtokens);
+    check_launch(moe_down_backward({e, claimed++, matrix(dy), weights_of(layer.w2), matrix(a)}, stream));
   }
-  Tensor dx;
+  Tensor dh = layer.matrix_of(2 * e.hidden);
+  check_launch(moe_activation_backward({e, matrix(readable_h), layer.row_weights(), matrix(dh), matrix(a),
+                                        weights ? dweights.mutable_data_ptr<float>() : nullptr},
+                                       stream));
+
+  // dx comes before dw1 and dw3: its rows are gone when these are there. dw2 takes a's place, so it comes first where it is
+  // the smaller one, else last, when dh is gone too.
+  Tensor dx, dw1, dw2, dw3;
+  const auto finish_down = [&] {
+    dw2 = gradient_of(w2);
+    layer.each_chunk(dtokens, [&](const Matrix& dy, int first, int columns) {
+      check_launch(moe_weight_gradient_down({e, claimed++, columns, dy, matrix(a), weights_of(dw2, first)}, stream));
+    });
+    a = Tensor();
+  };
+  const bool down_first = int64_t(e.count) * e.dim <= e.rows;
+  if (down_first) finish_down();
   {
     Tensor drows = layer.matrix_of(e.dim);
-    check_launch(moe_up_backward({e, claimed + 2, matrix(dh), weights_of(layer.w1), weights_of(layer.w3), matrix(drows)}, stream));
+    check_launch(moe_up_backward({e, claimed++, matrix(dh), weights_of(layer.w1), weights_of(layer.w3), matrix(drows)}, stream));
     dx = layer.tokens_of(drows, std::nullopt, stream);
   }
-  const Tensor rows = layer.rows_of(x);
-  Tensor dw1 = gradient_of(w1), dw3 = gradient_of(w3);
-  check_launch(moe_weight_gradient_up({e, claimed + 3, matrix(dh), matrix(rows), dw1.mutable_data_ptr(), dw3.mutable_data_ptr()}, stream));
+  dw1 = gradient_of(w1), dw3 = gradient_of(w3);
+  layer.each_chunk(x, [&](const Matrix& rows, int first, int columns) {
+    check_launch(moe_weight_gradient_up({e, claimed++, columns, matrix(dh), rows, weights_of(dw1, 0, first),
+                                         weights_of(dw3, 0, first)},
+                                        stream));
+  });
+  dh = Tensor();
+  if (!down_first) finish_down();
   return {dx, dweights, dw1, dw2, dw3};
 }
 

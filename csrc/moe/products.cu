@@ -2,7 +2,7 @@
 //
 //   moe_up             [gate, up] = x [w1, w3]T     then SwiGLU of them
 //   moe_down           y = a w2T
-//   moe_down_backward  da = dy w2                   then, by a kernel of its own, SwiGLU's gradient
+//   moe_down_backward  da = dy w2                   SwiGLU's gradient has a kernel of its own
 //   moe_up_backward    dx = dgate w1 + dup w3       one sum over both
 //
 // One thread loads stages, two warpgroups multiply; a block takes tiles until there are none. The expert is a coordinate of
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(THREADS, 1) products_kernel(const __grid_const
 
 // SwiGLU's gradient, one warp a row: `a` holds da of the unweighted activation and becomes the weighted activation.
 template <typename T>
-__global__ void __launch_bounds__(256) glu_backward_kernel(MoEDownBackwardParams p) {
+__global__ void __launch_bounds__(256) glu_backward_kernel(MoEActivationBackwardParams p) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= p.experts.rows || row >= p.experts.offsets[p.experts.count]) return;
   const int slot = p.weights.row_slot ? p.weights.row_slot[row] : int(row);
@@ -288,11 +288,9 @@ cudaError_t down_backward(const MoEDownBackwardParams& p, cudaStream_t stream) {
   Work w{};
   w.a = rows_map<T>("dy", p.dy, e.rows, e.dim, TILE_ROWS);
   w.b0 = w.b1 = weights_map<T>("w2", p.w2, e.count, e.dim, e.hidden, DEPTH);
-  w.out = output_of<T>("a", p.a, e.rows, e.hidden);
+  w.out = output_of<T>("da", p.da, e.rows, e.hidden);
   w.steps = w.first_steps = stages(e.dim);
-  if (const cudaError_t error = run<T, Product::down_backward>(e, p.claimed, w, stream)) return error;
-  glu_backward_kernel<T><<<blocks(e.rows), WARPS, 0, stream>>>(p);
-  return cudaGetLastError();
+  return run<T, Product::down_backward>(e, p.claimed, w, stream);
 }
 
 template <typename T>
@@ -319,6 +317,12 @@ cudaError_t moe_down(const MoEDownParams& p, cudaStream_t stream) {
 
 cudaError_t moe_down_backward(const MoEDownBackwardParams& p, cudaStream_t stream) {
   return p.experts.half ? down_backward<__half>(p, stream) : down_backward<__nv_bfloat16>(p, stream);
+}
+
+cudaError_t moe_activation_backward(const MoEActivationBackwardParams& p, cudaStream_t stream) {
+  const auto kernel = p.experts.half ? glu_backward_kernel<__half> : glu_backward_kernel<__nv_bfloat16>;
+  kernel<<<blocks(p.experts.rows), WARPS, 0, stream>>>(p);
+  return cudaGetLastError();
 }
 
 cudaError_t moe_up_backward(const MoEUpBackwardParams& p, cudaStream_t stream) {

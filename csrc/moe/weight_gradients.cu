@@ -110,14 +110,13 @@ __global__ void __launch_bounds__(THREADS, 1) weight_gradient_kernel(const __gri
 
 template <typename T>
 cudaError_t run(const Experts& e, int32_t* claimed, const Matrix& a, const Matrix& b, int height, int width,
-                std::initializer_list<void*> out, cudaStream_t stream) {
+                std::initializer_list<Weights> out, cudaStream_t stream) {
   Work w{};
   w.a = rows_map<T>("the left rows", a, e.rows, int64_t(out.size()) * height, DEPTH);
   w.b = rows_map<T>("the right rows", b, e.rows, width, DEPTH);
   w.claimed = claimed, w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
   int i = 0;
-  for (void* part : out)
-    w.out[i++] = weights_map<T>("the gradient", {part, width, int64_t(height) * width}, e.count, height, width, 64);
+  for (const Weights& part : out) w.out[i++] = weights_map<T>("the gradient", part, e.count, height, width, 64);
   w.height = height, w.width = width, w.parts = int(out.size());
   w.high = (height + TILE_ROWS - 1) / TILE_ROWS, w.columns = (width + TILE_COLUMNS - 1) / TILE_COLUMNS;
   int blocks = 0;
@@ -129,12 +128,12 @@ cudaError_t run(const Experts& e, int32_t* claimed, const Matrix& a, const Matri
 
 cudaError_t moe_weight_gradient_down(const MoEWeightGradientDownParams& p, cudaStream_t stream) {
   const auto down = p.experts.half ? run<__half> : run<__nv_bfloat16>;
-  return down(p.experts, p.claimed, p.dy, p.a, p.experts.dim, p.experts.hidden, {p.dw2}, stream);
+  return down(p.experts, p.claimed, p.dy, p.a, p.columns, p.experts.hidden, {p.dw2}, stream);
 }
 
 cudaError_t moe_weight_gradient_up(const MoEWeightGradientUpParams& p, cudaStream_t stream) {
   const auto up = p.experts.half ? run<__half> : run<__nv_bfloat16>;
-  return up(p.experts, p.claimed, p.dh, p.x, p.experts.hidden, p.experts.dim, {p.dw1, p.dw3}, stream);
+  return up(p.experts, p.claimed, p.dh, p.x, p.experts.hidden, p.columns, {p.dw1, p.dw3}, stream);
 }
 
 }  // namespace flashmoe

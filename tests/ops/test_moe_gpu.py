@@ -30,6 +30,7 @@ from .moe_gpu import (
     kernel,
     kernel_rows,
     results,
+    spoil,
 )
 from .operators import ON_HOPPER, chooser
 
@@ -48,7 +49,8 @@ def assert_case_is_right(case: Case, dtype: torch.dtype) -> None:
 
 CONTRACT = [
     Case(1000, dim=1024, hidden=512, experts=64, top_k=8),
-    Case(1000, dim=520, hidden=328, experts=8),  # no multiples of 64, nor of 256
+    Case(1000, dim=520, hidden=328, experts=8),  # no multiples of 64, nor of 256, nor of a chunk
+    Case(1000, dim=1160, hidden=264, experts=8),
     Case(1000, dim=200, hidden=1000, experts=8),
     Case(1000, dim=8, hidden=264, experts=8),
     Case(1000, dim=264, hidden=8, experts=8),
@@ -75,7 +77,7 @@ def test_contract(case: Case, score_mode: str, dtype: torch.dtype) -> None:
 
 
 @EACH_DTYPE
-@pytest.mark.parametrize("dim, hidden", [(520, 328), (1024, 512)])
+@pytest.mark.parametrize("dim, hidden", [(520, 328), (1024, 512), (1160, 264)])
 def test_contract_of_rows(dim: int, hidden: int, dtype: torch.dtype) -> None:
     rows = Rows.of((700, 0, 129, 300, 1, 64), 0, dim, hidden, dtype, "cuda")
 
@@ -84,6 +86,26 @@ def test_contract_of_rows(dim: int, hidden: int, dtype: torch.dtype) -> None:
 
     found, yardstick = (results(f, rows.inputs, rows.dout) for f in (kernel_rows(rows.offsets), plain_rows))
     assert not beyond_contract(found, rows.exact(weighted=True), yardstick)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("hidden", [72, 264])
+@pytest.mark.parametrize("dim", [136, 512, 520, 1024, 1160])
+def test_chunks_of_columns(dim: int, hidden: int, dtype: torch.dtype) -> None:
+    """Backward permutes tokens by chunks of columns: what that gives is bitwise what rows in one piece do."""
+    case = Case(700, dim, hidden, experts=8, top_k=2, routing="skipped", score_mode="activation")
+    x, w1, w2, w3, weights = (t.detach() for t in case.tensors(dtype, "cuda"))
+    dout = torch.randn_like(x)
+    offsets, row_slot, slot_row = plan = route_plan(case.ids("cuda"), case.experts)
+    rows, drows = (torch.ops.flashmoe.moe_permute(t, row_slot, slot_row) for t in (x, dout))
+    of_rows = weights.view(-1)[row_slot.clamp(min=0)]
+    spoil(x, w1, len(rows))
+    _, _, dx, _, *dw = by_operators((x, w1, w2, w3, weights), plan, case.score_mode, dout)
+    inputs = rows, w1, w2, w3, of_rows
+    _, _, dx_rows, _, *wanted = by_operators(inputs, (offsets, None, None), case.score_mode, drows)
+    assert torch.equal(dx, torch.ops.flashmoe.moe_combine(dx_rows, slot_row, None))
+    for name, y, z in zip(("dw1", "dw2", "dw3"), dw, wanted, strict=True):
+        assert torch.equal(y, z), name
 
 
 def plain(case: Case, ids: Tensor) -> Callable[..., Tensor]:
