@@ -411,6 +411,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
       const auto finish_values = [&] {
         pin(dv);
         pin(p_pairs);
+        __syncwarp();  // all lanes have read delta, and lse below
         if (speaks) shared.dout_ring.release(step);
       };
       const auto issue_keys = [&] {
@@ -448,6 +449,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
       wgmma_wait<0>();
       pin(dk);
       pin(ds_pairs);
+      __syncwarp();
       if (speaks) shared.q_ring.release(step);
       step.next();
       buffer ^= 1;
