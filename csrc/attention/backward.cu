@@ -192,13 +192,11 @@ __device__ void produce_statistics(const Work& w, Shared<S>& shared) {
         shared.q_ring.acquire(step);
 #pragma unroll
         for (int j = 0; j < EACH; ++j) shared.lse[step.stage][j * 32 + lane] = lse[j];
-        __syncwarp();
-        if (lane == 0) shared.q_ring.full[step.stage].arrive();
+        shared.q_ring.full[step.stage].arrive();
         shared.dout_ring.acquire(step);
 #pragma unroll
         for (int j = 0; j < EACH; ++j) shared.delta[step.stage][j * 32 + lane] = delta[j];
-        __syncwarp();
-        if (lane == 0) shared.dout_ring.full[step.stage].arrive();
+        shared.dout_ring.full[step.stage].arrive();
       }
     }
   });
@@ -477,8 +475,8 @@ __global__ void __launch_bounds__(S::THREADS, 1) backward_kernel(const __grid_co
   auto& shared = shared_storage<Shared<S>>();
   if (threadIdx.x == 0) {
     shared.key_ring.init(1, 8);
-    shared.q_ring.init(2, 8);
-    shared.dout_ring.init(2, 8);
+    shared.q_ring.init(1 + 32, 8);  // the copies, and the statistics' warp
+    shared.dout_ring.init(1 + 32, 8);
     shared.tile_ring.init(1, w.ordered ? 10 : 9);
     shared.turn_ring.init(1, S::ALTERNATE ? 4 : 8);
     fence_barrier_init();

@@ -206,7 +206,9 @@ def assert_right_gradients(
     seen = visible(case, dq.shape[1], keys, dq.device)
     partners = seen.any(1), seen.any(0)
     kept = tuple(torch.ones_like(x) for x in partners) if kept is None else kept
-    terms = seen.sum(1).max().item(), seen.sum(0).max().item() * (dq.shape[2] // found[1].shape[2])
+    terms = (1, 1)  # of the sums
+    if seen.numel():
+        terms = seen.sum(1).max().item(), seen.sum(0).max().item() * (dq.shape[2] // found[1].shape[2])
     for of, x, y, side in zip(("dq", "dk", "dv"), found, wanted, (0, 1, 1), strict=True):
         # Of what is zero by cancellation: there float32's errors remain, which add up where all terms are the same.
         scale = max(1.0, case.mask(dq)[0] * dq.shape[3] ** 0.5, 2e-3 * terms[side])
