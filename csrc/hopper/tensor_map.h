@@ -40,6 +40,16 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return function;
 }
 
+// The driver wants a context, which a thread has once the runtime has worked in it: that of autograd may come here first.
+inline cudaError_t thread_has_context() {
+  static thread_local const cudaError_t error = [] {
+    int device = 0;
+    const cudaError_t found = cudaGetDevice(&device);
+    return found ? found : cudaSetDevice(device);
+  }();
+  return error;
+}
+
 // Of 2 to 4 dimensions, the innermost first, in the layout of shared_memory.cuh: 128-byte swizzle, zeros outside.
 inline CUtensorMap tensor_map(const char* name, const void* base, MapElement element,
                               std::initializer_list<MapDimension> dimensions) {
@@ -75,6 +85,7 @@ inline CUtensorMap tensor_map(const char* name, const void* base, MapElement ele
     ++i;
   }
 
+  require(thread_has_context() == cudaSuccess, "the thread must have a CUDA context", thread_has_context());
   CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
       &map, element.type, rank, const_cast<void*>(base), sizes, strides + 1, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,

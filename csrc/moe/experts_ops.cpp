@@ -28,10 +28,11 @@ Weights weights_of(const Tensor& w, int64_t row = 0, int64_t column = 0) {
   return {const_cast<char*>(data + (row * w.stride(1) + column) * w.element_size()), w.stride(1), w.stride(0)};
 }
 
-// Columns of d that are permuted at a time for a gradient of weights, in which each is on its own. Fewer need less memory;
-// but each chunk is a launch, which reads the other operand anew and ends with idle multiprocessors. A multiple of both
-// sides of a tile, so that only the last chunk has tiles that are not whole.
-constexpr int CHUNK = 512;
+// Columns of d that are permuted at a time for a gradient of weights, in which each is on its own: a half; a quarter where the
+// gradients are larger than the rows, and memory is theirs. Fewer need less memory, but each chunk is a launch, which reads
+// the other operand anew and ends with idle multiprocessors. A multiple of both sides of a tile, so that only the last chunk
+// has tiles that are not whole.
+constexpr int LEAST_CHUNK = 512, CHUNK_MULTIPLE = 256;
 
 void check_expert_weights(const char* name, const Tensor& w, const Tensor& x, int64_t experts, int64_t rows,
                           int64_t columns) {
@@ -120,15 +121,21 @@ struct Layer {
 
   // The same for gradients of weights, by chunks of columns, one after the other in the same memory:
   // visit(rows, first column, columns). What is rows already is one chunk.
-  int chunks() const { return routed ? (experts.dim + CHUNK - 1) / CHUNK : 1; }
+  int chunk() const {
+    const int parts = rows_outweigh_gradients() ? 2 : 4, part = (experts.dim + parts - 1) / parts;
+    return std::min(std::max(LEAST_CHUNK, (part + CHUNK_MULTIPLE - 1) / CHUNK_MULTIPLE * CHUNK_MULTIPLE), experts.dim);
+  }
+  int chunks() const { return routed ? (experts.dim + chunk() - 1) / chunk() : 1; }
+  bool rows_outweigh_gradients() const { return int64_t(experts.count) * experts.dim <= experts.rows; }
 
   template <typename Visit>
   void each_chunk(const Tensor& tokens, Visit visit) const {
     const Tensor source = readable(tokens);
     if (!routed) return visit(matrix(source), 0, experts.dim);
-    Tensor rows = matrix_of(std::min(CHUNK, experts.dim));
-    for (int first = 0; first < experts.dim; first += CHUNK) {
-      const int columns = std::min(CHUNK, experts.dim - first);
+    const int width = chunk();
+    Tensor rows = matrix_of(width);
+    for (int first = 0; first < experts.dim; first += width) {
+      const int columns = std::min(width, experts.dim - first);
       permute_columns(source, first, columns, row_slot, slot_row, rows.mutable_data_ptr());
       visit(Matrix{rows.mutable_data_ptr(), columns}, first, columns);
     }
@@ -222,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     });
     a = Tensor();
   };
-  const bool down_first = int64_t(e.count) * e.dim <= e.rows;
+  const bool down_first = layer.rows_outweigh_gradients();
   if (down_first) finish_down();
   {
     Tensor drows = layer.matrix_of(e.dim);

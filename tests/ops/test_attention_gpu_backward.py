@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -331,6 +332,15 @@ def test_more_than_2_to_the_31_elements_in_a_sequence(deterministic: bool) -> No
         alone = slice(0 if end == 600 else 127, 600 if end == length else 600 - 127)
         for name, x, y in zip(GRADIENTS, found, wanted, strict=True):
             assert_close_in_norm(f"{name} up to {end}", x[:, rows][:, alone], y[:, alone])
+
+
+def test_first_work_of_a_thread() -> None:
+    """Autograd's threads may have no CUDA context yet, and the driver wants one to describe tensors."""
+    case = Case(2, 128, 128, 2, 2, 64, 64)
+    problem = random_problem(case, torch.bfloat16)
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(kernel_gradients, case, *problem).result()
+    assert_right_gradients("in a thread", case, found, oracle_gradients(case, *problem[:4]))
 
 
 @pytest.mark.parametrize("documents", [None, (120, 0, 80)])
