@@ -19,14 +19,13 @@
 #include <cuda.h>
 
 #include "attention/attention.h"
+#include "attention/loads.cuh"
 #include "attention/softmax.cuh"
 #include "attention/tiles.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/launch.cuh"
 #include "hopper/reduce.cuh"
 #include "hopper/shared_memory.cuh"
-#include "hopper/tensor_map.h"
-#include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 
 namespace flashmoe {
@@ -102,23 +101,15 @@ __device__ __forceinline__ int64_t block_of(const Work& w, const Tile& tile, int
 
 // ------------------------------------------------------------------------------------------------------------ producer
 
-template <typename T>
-__device__ void load_tile(T* tile, const CUtensorMap* map, Barrier& barrier, int rows, int columns, int head, int row,
-                          int batch, Keep keep) {
-#pragma unroll 1
-  for (int column = 0; column < columns; column += 64)
-    tma_load(tile + column * rows, map, barrier, keep, column, head, row, batch);
-}
-
 // One thread: tiles, and everything that the copy engine brings.
-template <typename S>
+template <typename S, bool ORDERED>
 __device__ void produce(const Work& w, Shared<S>& shared) {
   Step<TILES> tile_step;
   Step<S::KEY_STAGES> key_step;
   Step<S::STAGES> step;
   wait_for_previous();
   const auto publish = [&](int index) {
-    const Tile tile = tile_at(w, index, S::KEYS, S::QUERIES);
+    const Tile tile = tile_at<ORDERED>(w, index, S::KEYS, S::QUERIES);
     shared.tile_ring.acquire(tile_step);
     Tile* const published = shared.tiles + tile_step.stage;
     *published = tile;
@@ -126,19 +117,19 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
     tile_step.next();
     return published;
   };
-  int index = first_tile(w);
+  int index = first_tile<ORDERED>(w);
   for (const Tile* tile = publish(index); tile->end > 0;) {
     shared.key_ring.acquire(key_step);
     Barrier& keys = shared.key_ring.full[key_step.stage];
     keys.arrive_expecting(S::KEYS * (S::WIDTH + S::WIDTH_V) * sizeof(typename S::T));
-    load_tile(shared.k[key_step.stage], &w.k, keys, S::KEYS, S::WIDTH, tile->kv_head, tile->first_row + tile->row,
+    load_rows(shared.k[key_step.stage], &w.k, keys, S::KEYS, S::WIDTH, tile->kv_head, tile->first_row + tile->row,
               tile->batch, Keep::briefly);
-    load_tile(shared.v[key_step.stage], &w.v, keys, S::KEYS, S::WIDTH_V, tile->kv_head, tile->first_row + tile->row,
+    load_rows(shared.v[key_step.stage], &w.v, keys, S::KEYS, S::WIDTH_V, tile->kv_head, tile->first_row + tile->row,
               tile->batch, Keep::briefly);
     key_step.next();
     // Known before it is needed: the claim and the divisions behind a tile's place take their time. But where others wait for
     // tiles in their order nobody holds one that it does not compute.
-    if (!w.ordered) index = next_tile(w, index);
+    if (!ORDERED) index = next_tile(w, index);
     for (int n = 0; n < w.heads_together; ++n) {
       const int head = tile->head * w.heads_together + n;
       for (int i = tile->end - 1; i >= tile->begin; --i, step.next()) {
@@ -146,14 +137,14 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
         shared.q_ring.acquire(step);
         Barrier& q = shared.q_ring.full[step.stage];
         q.arrive_expecting(S::QUERIES * S::WIDTH * sizeof(typename S::T));
-        load_tile(shared.q[step.stage], &w.q, q, S::QUERIES, S::WIDTH, head, row, tile->batch, Keep::longest);
+        load_rows(shared.q[step.stage], &w.q, q, S::QUERIES, S::WIDTH, head, row, tile->batch, Keep::longest);
         shared.dout_ring.acquire(step);
         Barrier& dout = shared.dout_ring.full[step.stage];
         dout.arrive_expecting(S::QUERIES * S::WIDTH_V * sizeof(typename S::T));
-        load_tile(shared.dout[step.stage], &w.dout, dout, S::QUERIES, S::WIDTH_V, head, row, tile->batch, Keep::longest);
+        load_rows(shared.dout[step.stage], &w.dout, dout, S::QUERIES, S::WIDTH_V, head, row, tile->batch, Keep::longest);
       }
     }
-    if (w.ordered) index = next_tile(w, index);
+    if (ORDERED) index = next_tile<ORDERED>(w, index);
     tile = publish(index);
   }
 }
@@ -485,7 +476,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) backward_kernel(const __grid_co
   if (threadIdx.x < 128) {
     fewer_registers<S::PRODUCER_REGISTERS>();
     if (threadIdx.x < 32) {
-      if (elected()) produce<S>(w, shared);
+      if (elected()) w.ordered ? produce<S, true>(w, shared) : produce<S, false>(w, shared);
     } else if (threadIdx.x < 64) {
       produce_statistics<S>(w, shared);
     } else if (threadIdx.x < 96 && w.ordered) {
@@ -610,16 +601,6 @@ __global__ void __launch_bounds__(256) add_parts_kernel(const float4* parts, uin
 }
 
 // -------------------------------------------------------------------------------------------------------------- launch
-
-// Of a tensor [batch, rows, heads, dim], of which a copy takes `box` rows and 64 columns of a head.
-CUtensorMap map_of(const char* name, const void* base, MapElement element, AttentionStrides strides, int batch, int rows,
-                   int heads, int dim, int box) {
-  return tensor_map(name, base, element,
-                    {{dim, 64, element.bytes},
-                     {heads, 1, strides.head * element.bytes},
-                     {rows, box, strides.row * element.bytes},
-                     {batch, 1, strides.batch * element.bytes}});
-}
 
 constexpr int TILE_KEYS = 128, STEP_QUERIES = 64;
 constexpr int TILES_A_BLOCK = 8;  // at least, so that blocks end at about the same time

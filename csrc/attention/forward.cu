@@ -14,13 +14,12 @@
 #include <cuda.h>
 
 #include "attention/attention.h"
+#include "attention/loads.cuh"
 #include "attention/softmax.cuh"
 #include "attention/tiles.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/launch.cuh"
 #include "hopper/shared_memory.cuh"
-#include "hopper/tensor_map.h"
-#include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 
 namespace flashmoe {
@@ -76,9 +75,7 @@ template <typename T>
 __device__ void load_tile(T* tile, const CUtensorMap* map, Barrier& barrier, int rows, int columns, int head, int row,
                           int batch, Keep keep) {
   barrier.arrive_expecting(rows * columns * sizeof(T));
-#pragma unroll 1
-  for (int column = 0; column < columns; column += 64)
-    tma_load(tile + column * rows, map, barrier, keep, column, head, row, batch);
+  load_rows(tile, map, barrier, rows, columns, head, row, batch, keep);
 }
 
 // One thread.
@@ -356,16 +353,6 @@ __global__ void __launch_bounds__(S::THREADS, 1) forward_kernel(const __grid_con
 }
 
 // -------------------------------------------------------------------------------------------------------------- launch
-
-// Of a tensor [batch, rows, heads, dim], of which a copy takes `box` rows and 64 columns of a head.
-CUtensorMap map_of(const char* name, const void* base, MapElement element, AttentionStrides strides, int batch, int rows,
-                   int heads, int dim, int box) {
-  return tensor_map(name, base, element,
-                    {{dim, 64, element.bytes},
-                     {heads, 1, strides.head * element.bytes},
-                     {rows, box, strides.row * element.bytes},
-                     {batch, 1, strides.batch * element.bytes}});
-}
 
 template <typename S>
 cudaError_t launch_forward(const AttentionForwardParams& p, int most_blocks, cudaStream_t stream) {

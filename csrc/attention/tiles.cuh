@@ -19,9 +19,9 @@ namespace {
 constexpr int64_t CACHED = 32 << 20;  // bytes that the tiles under way may share: of 50 MB of L2
 
 // A tile in its document; a batch entry that is not packed is one.
-struct ListedTile {
+struct alignas(8) ListedTile {
   int row;  // the first
-  int document, first_row, rows, first_column, columns;
+  int first_row, rows, first_column, columns, document;
 };
 
 struct TileList {
@@ -65,8 +65,9 @@ __device__ __forceinline__ void set_steps(const Schedule& s, Tile& tile, int til
   tile.begin = min(band_of(s, tile, tile.row).begin / step_columns, tile.end - 1);
 }
 
-// Strips go together, s.strips_together of them, and of those the longest tiles first.
-__device__ inline Tile tile_at(const Schedule& s, int index, int tile_rows, int step_columns) {
+// Strips go together, s.strips_together of them, and of those the longest tiles first, or, ORDERED, those of the first rows.
+template <bool ORDERED = false>
+__device__ __forceinline__ Tile tile_at(const Schedule& s, int index, int tile_rows, int step_columns) {
   Tile tile{};
   const int per_strip = s.row_bounds ? s.list->count : s.tiles_per_strip;
   if (index >= s.strips * per_strip) return tile;
@@ -74,11 +75,11 @@ __device__ inline Tile tile_at(const Schedule& s, int index, int tile_rows, int 
   const int together = min(s.strips_together, s.strips - first);
   index -= first * per_strip;
   // The last rows see most, unless the window has a left side alone.
-  const int place = s.ordered || (s.left >= 0 && s.right < 0) ? index / together : per_strip - 1 - index / together;
+  const int place = ORDERED || (s.left >= 0 && s.right < 0) ? index / together : per_strip - 1 - index / together;
   if (s.row_bounds)
     static_cast<ListedTile&>(tile) = s.list->tiles[index / together];
   else
-    static_cast<ListedTile&>(tile) = {place * tile_rows, 0, 0, s.rows, 0, s.columns};
+    static_cast<ListedTile&>(tile) = {place * tile_rows, 0, s.rows, 0, s.columns, 0};
   tile.head = (first + index % together) % s.heads;
   tile.kv_head = tile.head / s.group;
   tile.batch = (first + index % together) / s.heads;
@@ -87,8 +88,9 @@ __device__ inline Tile tile_at(const Schedule& s, int index, int tile_rows, int 
 }
 
 // In the order of rows the list has a place for every tile that there might be.
+template <bool ORDERED = false>
 __device__ __forceinline__ int next_tile(const Schedule& s, int index) {
-  if (!s.ordered) return int(gridDim.x) + (s.dynamic ? atomicAdd(&s.list->next, 1) : index);
+  if (!ORDERED) return int(gridDim.x) + (s.dynamic ? atomicAdd(&s.list->next, 1) : index);
   const auto is_hole = [&](int i) {
     const int of_strips = i / (s.strips_together * s.tiles_per_strip) * s.strips_together;
     const int together = min(s.strips_together, s.strips - of_strips);
@@ -101,7 +103,10 @@ __device__ __forceinline__ int next_tile(const Schedule& s, int index) {
 }
 
 // Where order matters nobody holds a tile before it runs.
-__device__ __forceinline__ int first_tile(const Schedule& s) { return s.ordered ? next_tile(s, 0) : int(blockIdx.x); }
+template <bool ORDERED>
+__device__ __forceinline__ int first_tile(const Schedule& s) {
+  return ORDERED ? next_tile<ORDERED>(s, 0) : int(blockIdx.x);
+}
 
 // A document among those that the bounds make, and its place in a list of `tile` rows or columns at a time in which no two
 // documents meet. Number 0 are the rows before the first, documents + 1 those after the last: they see nothing. Whatever the
