@@ -80,7 +80,7 @@ struct Work : Schedule {
   float* sums;                // of dq: [batch, query heads, blocks] of 64 queries in the order of wgmma's accumulators
   int* turns;                 // [batch, query heads, blocks]: how many tiles have added to a block
   void *dk, *dv;              // contiguous
-  float *dk_parts, *dv_parts;       // group times dk and dv where tiles have a part of the heads each; or null
+  float *dk_parts, *dv_parts;  // group times dk and dv where tiles have a part of the heads each; or null
   int query_heads, heads_together;  // heads_together: that share a tile
   int blocks;
   float scale, exponent_scale;  // exponent_scale: times log2(e)
@@ -95,8 +95,8 @@ __device__ __forceinline__ bool is_seen(const Work& w, const Tile& tile) {
 // Of a document's step: where its sums lie. Documents begin anywhere, blocks of one do not meet those of the next.
 template <typename S>
 __device__ __forceinline__ int64_t block_of(const Work& w, const Tile& tile, int head, int step) {
-  return (int64_t(tile.batch) * w.query_heads + head) * w.blocks + place_of_document(tile.first_column, tile.document, S::QUERIES) +
-         step;
+  return (int64_t(tile.batch) * w.query_heads + head) * w.blocks +
+         place_of_document(tile.first_column, tile.document, S::QUERIES) + step;
 }
 
 // ------------------------------------------------------------------------------------------------------------ producer
@@ -242,14 +242,6 @@ __device__ __forceinline__ void multiply_keys(float (&dq)[S::OWN / 2], uint64_t 
 #pragma unroll
   for (int i = 0; i < S::KEYS; i += 16)
     wgmma<typename S::T, MN_MAJOR, MN_MAJOR>(dq, advance(ds, i * 128), advance(k, i * 128), i > 0);
-}
-
-// Zeros in the rows of a tile from `begin` on, where there is the next document: 0 * NaN would be NaN. By a warpgroup for
-// itself, since the others write nothing else.
-template <typename T>
-__device__ __forceinline__ void clear_rows(T* tile, int rows, int columns, int begin, int thread) {
-  for (int column = 0; column < columns; column += 64)
-    for (int i = begin * 8 + thread; i < rows * 8; i += 128) reinterpret_cast<uint4*>(tile + column * rows)[i] = uint4{};
 }
 
 // A warpgroup's 64 rows of dk or dv, straight to memory: to `to`, or as a part of a sum.
@@ -568,8 +560,7 @@ __global__ void __launch_bounds__(CONVERT_THREADS) convert_kernel(const __grid_c
   constexpr int CHUNKS = S::DIM / 8;
   for (int i = threadIdx.x; i < S::QUERIES / 2 * CHUNKS; i += CONVERT_THREADS) {
     const int column = i % CHUNKS * 8, upper = i / CHUNKS / 8 * 16 + i / CHUNKS % 8;  // rows: upper and eight below
-    const float4* const four =
-        sums + column / 8 * 128 + upper / 16 * 32 + upper % 8 * 4;
+    const float4* const four = sums + column / 8 * 128 + upper / 16 * 32 + upper % 8 * 4;
     uint4 eight[2];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

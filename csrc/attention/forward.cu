@@ -153,17 +153,6 @@ __device__ __forceinline__ void multiply_values(float (&o)[S::DIM_V / 2], const 
     wgmma<typename S::T, MN_MAJOR>(o, p + i / 4, advance(v, i * 128), accumulate || i > 0);
 }
 
-// Zeros in the rows of v from `begin` on, where there is the next document: 0 * NaN would be NaN. By a warpgroup for itself,
-// since the others write nothing else.
-template <typename S>
-__device__ __forceinline__ void clear_rows(typename S::T* v, int begin, int thread, int barrier) {
-  for (int column = 0; column < S::WIDTH_V; column += 64)
-    for (int i = begin * 8 + thread; i < S::KEYS * 8; i += 128)
-      reinterpret_cast<uint4*>(v + column * S::KEYS)[i] = uint4{};
-  fence_proxy_async();
-  barrier_sync(barrier, 128);
-}
-
 template <typename S>
 __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
   using T = typename S::T;
@@ -240,7 +229,9 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
     if (unseen) skip_v();
     if (w.row_bounds && tile.columns < end * S::KEYS) {
       shared.v_ring.wait(v_step);
-      clear_rows<S>(shared.v[v_step.stage], tile.columns - (end - 1) * S::KEYS, thread, WARPGROUP + warpgroup);
+      clear_rows(shared.v[v_step.stage], S::KEYS, S::WIDTH_V, tile.columns - (end - 1) * S::KEYS, thread);
+      fence_proxy_async();
+      barrier_sync(WARPGROUP + warpgroup, 128);
     }
     wgmma_wait<0>();
     pin(s);

@@ -1,4 +1,4 @@
-// How rows of a head come to shared memory: the tensors' maps, and copies of boxes of rows.
+// How rows of a head come to shared memory: the tensors' maps, copies of boxes of rows, and zeros where these are others'.
 #pragma once
 
 #include <cuda.h>
@@ -18,6 +18,14 @@ __device__ __forceinline__ void load_rows(T* tile, const CUtensorMap* map, hoppe
 #pragma unroll 1
   for (int column = 0; column < columns; column += 64)
     hopper::tma_load(tile + column * rows, map, barrier, keep, column, head, row, batch);
+}
+
+// Zeros in the rows of a tile from `begin` on, where there is the next document: 0 * NaN would be NaN. By a warpgroup for
+// itself, since the others write nothing else; fence_proxy_async() and a barrier of its own follow.
+template <typename T>
+__device__ __forceinline__ void clear_rows(T* tile, int rows, int columns, int begin, int thread) {
+  for (int column = 0; column < columns; column += 64)
+    for (int i = begin * 8 + thread; i < rows * 8; i += 128) reinterpret_cast<uint4*>(tile + column * rows)[i] = uint4{};
 }
 
 // Of a tensor [batch, rows, heads, dim], of which a copy takes `box` rows and 64 columns of a head.

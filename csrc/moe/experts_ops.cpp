@@ -119,15 +119,16 @@ struct Layer {
     return routed ? permute_tokens(tokens, row_slot, slot_row) : readable(tokens);
   }
 
-  // The same for gradients of weights, by chunks of columns, one after the other in the same memory:
-  // visit(rows, first column, columns). What is rows already is one chunk.
+  bool rows_outweigh_gradients() const { return int64_t(experts.count) * experts.dim <= experts.rows; }
+
   int chunk() const {
     const int parts = rows_outweigh_gradients() ? 2 : 4, part = (experts.dim + parts - 1) / parts;
     return std::min(std::max(LEAST_CHUNK, (part + CHUNK_MULTIPLE - 1) / CHUNK_MULTIPLE * CHUNK_MULTIPLE), experts.dim);
   }
   int chunks() const { return routed ? (experts.dim + chunk() - 1) / chunk() : 1; }
-  bool rows_outweigh_gradients() const { return int64_t(experts.count) * experts.dim <= experts.rows; }
 
+  // Rows of tokens for gradients of weights, by chunks of columns, one after the other in the same memory:
+  // visit(rows, first column, columns). What is rows already is one chunk.
   template <typename Visit>
   void each_chunk(const Tensor& tokens, Visit visit) const {
     const Tensor source = readable(tokens);

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,26 +35,12 @@ def kernel_takes(case: AttentionCase) -> bool:
 
 
 def cuda_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    deterministic: bool,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softmax_scale: float, *mask: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference_backward` by our kernel where it takes the case, which it checks itself, else by `torch_backward`."""
-    arguments = (
-        dout, q, k, v, out, lse, softmax_scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k, deterministic
-    )  # fmt: skip
-    if kernel_takes(AttentionCase.of(q, v, softmax_scale)):
-        return torch.ops.flashmoe.attention_backward_kernel(*arguments)
-    return torch_backward(*arguments)
+    takes = kernel_takes(AttentionCase.of(q, v, softmax_scale))
+    run = torch.ops.flashmoe.attention_backward_kernel if takes else torch_backward
+    return run(dout, q, k, v, out, lse, softmax_scale, *mask)
 
 
 def torch_backward(
