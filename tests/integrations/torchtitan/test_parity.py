@@ -16,6 +16,9 @@ EP2 = ["parallelism.expert_parallel_degree=2"]
 ETP2 = ["parallelism.expert_tensor_parallel_degree=2"]
 FULL = ["activation_checkpoint.mode=full"]
 COMPILED = ["compile.enable=true"]
+# Stock's gradients are hundreds of times too large under pipeline parallelism and rounding grows with them: runs of
+# stock differ by up to 5e-4 from each other unless each is held to one order of sums.
+DETERMINISTIC = ["debug.deterministic=true"]
 
 # (model, flavor, layers: 0 keeps the flavor's). Cut where the whole model takes minutes: qwen3's has 300 million
 # parameters, and every layout trains twice.
@@ -38,6 +41,7 @@ slow = pytest.mark.slow
         (LLAMA3, 2, {"FSDP2": FSDP2, "FSDP2, selective": SELECTIVE, "TP2": TP2, "PP2": PP2}),
         (DEEPSEEK, 1, {"one process": [], "one process, full": FULL}),
         (DEEPSEEK, 2, {"FSDP2 + EP2": EP2}),
+        pytest.param(DEEPSEEK, 2, {"PP2": PP2 + DETERMINISTIC}, marks=slow),
         pytest.param(DEEPSEEK_CUT, 2, {"FSDP2, selective": SELECTIVE, "TP2": TP2}, marks=slow),
         pytest.param(
             DEEPSEEK, 4, {"FSDP2 + TP2 + EP2": TP2 + EP2, "FSDP2 + TP2 + EP2 + ETP2": TP2 + EP2 + ETP2}, marks=slow
@@ -64,25 +68,6 @@ def test_swapped_equals_stock(
         difference = (torch.tensor(swapped) - torch.tensor(stock)).abs().max().item()
         print(f"{name} {layout}: largest difference {difference:.1e}")
         assert difference <= TOLERANCE[name], f"{layout}: stock {stock}, swapped {swapped}"
-
-
-@slow
-def test_pipeline_of_experts_equals_stock_as_far_as_stock_repeats(tmp_path: Path) -> None:
-    """Stock's gradients are hundreds of times too large under pipeline parallelism and rounding grows with them: runs
-    of stock in the same processes were seen to differ by 3e-4 from each other, and swapped runs to equal one of them.
-    """
-    tables = jobs.tables_of("deepseek_v3", "debugmodel", tmp_path / "run")
-    processes.run(jobs.write_seed_checkpoint, tables, 0, tmp_path, processes=1)
-    layouts = {"PP2": PP2, "PP2 again": PP2}
-    processes.run(jobs.stock_and_swapped, tables, 0, layouts, tmp_path, processes=2)
-    losses = jobs.read_losses(tmp_path)
-    first, second = (torch.tensor(losses[layout]["stock"]) for layout in layouts)
-    spread = (first - second).abs().max().item()
-    for layout in layouts:
-        swapped = torch.tensor(losses[layout]["flashmoe"])
-        difference = min((swapped - stock).abs().max().item() for stock in (first, second))
-        print(f"deepseek_v3 {layout}: {difference:.1e} to the nearer run of stock, {spread:.1e} between those")
-        assert difference <= max(3e-4, spread)
 
 
 @pytest.mark.parametrize(
