@@ -709,9 +709,7 @@ int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
 }
 
 cudaError_t attention_backward(const AttentionBackwardParams& p, cudaStream_t stream) {
-  if (p.keys < 1 || p.queries < 1 || p.keys > ATTENTION_LONGEST || p.queries > ATTENTION_LONGEST || p.kv_heads < 1 ||
-      p.heads % p.kv_heads || !(p.scale > 0))
-    return cudaErrorInvalidValue;
+  if (!valid(p) || p.queries < 1) return cudaErrorInvalidValue;
   if (p.batch == 0 || p.heads == 0) return cudaSuccess;
   if constexpr (BACKWARD_DIM == 0)
     if (p.type == AttentionType::float16) return backward_of<__half>(p, stream);

@@ -394,9 +394,7 @@ cudaError_t forward_of(const AttentionForwardParams& p, cudaStream_t stream) {
 int64_t attention_forward_workspace(const AttentionForwardParams& p) { return list_bytes(p, p.queries, SMALLEST_TILE); }
 
 cudaError_t attention_forward(const AttentionForwardParams& p, cudaStream_t stream) {
-  if (p.keys < 1 || p.keys > ATTENTION_LONGEST || p.queries > ATTENTION_LONGEST || p.kv_heads < 1 ||
-      p.heads % p.kv_heads || !(p.scale > 0))
-    return cudaErrorInvalidValue;
+  if (!valid(p)) return cudaErrorInvalidValue;
   if (p.batch == 0 || p.queries == 0 || p.heads == 0) return cudaSuccess;
   if constexpr (FORWARD_DIM == 0)
     if (p.type == AttentionType::float16) return forward_of<__half>(p, stream);

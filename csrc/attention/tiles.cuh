@@ -195,6 +195,12 @@ __global__ void __launch_bounds__(LIST_THREADS) list_kernel(const __grid_constan
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
+// What both directions ask of a problem, beside the head dims that they are compiled for.
+inline bool valid(const AttentionProblem& p) {
+  return p.keys >= 1 && p.keys <= ATTENTION_LONGEST && p.queries <= ATTENTION_LONGEST && p.kv_heads >= 1 &&
+         p.heads % p.kv_heads == 0 && p.scale > 0;
+}
+
 // Of one head, with a document's last tile for each and for the rows before and after them.
 inline int64_t tiles_of_strip(const AttentionProblem& p, int rows, int tile_rows) {
   return p.query_bounds ? rows / tile_rows + p.documents + 2 : (rows + tile_rows - 1) / tile_rows;

@@ -163,18 +163,21 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
   const Experts& e = layer.experts;
+  Tensor h = layer.matrix_of(2 * e.hidden);
+  if (e.rows == 0) return {layer.tokens_of(layer.matrix_of(e.dim), std::nullopt, stream), h};
+
   const Tensor claims = layer.zeros(2);
   int32_t* const claimed = claims.mutable_data_ptr<int32_t>();
-  Tensor h = layer.matrix_of(2 * e.hidden), y;
+  Tensor y;
   {
     Tensor a = layer.matrix_of(e.hidden);
-    if (e.rows > 0) {
+    {
       const Tensor rows = layer.rows_of(x);
       const RowWeights scores = layer.combine ? RowWeights{} : layer.row_weights();
       check_launch(moe_up({e, claimed, matrix(rows), weights_of(layer.w1), weights_of(layer.w3), scores, matrix(h), matrix(a)}, stream));
     }
     y = layer.matrix_of(e.dim);
-    if (e.rows > 0) check_launch(moe_down({e, claimed + 1, matrix(a), weights_of(layer.w2), matrix(y)}, stream));
+    check_launch(moe_down({e, claimed + 1, matrix(a), weights_of(layer.w2), matrix(y)}, stream));
   }
   return {layer.tokens_of(y, layer.combine ? layer.weights : std::nullopt, stream), h};
 }

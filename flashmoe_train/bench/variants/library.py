@@ -42,10 +42,10 @@ class Library:
         if (size := self._library.params_size()) != ctypes.sizeof(study.params):
             found = ctypes.sizeof(study.params)
             raise TypeError(f"{study.params.__name__} has {found} bytes here and {size} in {study.source}")
-        self._workspace: torch.Tensor | None = None
-        if study.workspace:
-            self._library.workspace_bytes.restype = ctypes.c_int64
-        self._has_workspace = bool(study.workspace)
+        self._workspace = torch.empty(0, dtype=torch.int8, device=device)
+        self._workspace_bytes = self._library.workspace_bytes if study.workspace else None
+        if self._workspace_bytes is not None:
+            self._workspace_bytes.restype = ctypes.c_int64
         self._records = None
         if hasattr(self._library, "watchdog"):
             self._library.watchdog.restype = ctypes.c_void_p
@@ -56,15 +56,15 @@ class Library:
             self._records = (ctypes.c_uint32 * 8 * self._library.watchdog_records()).from_address(address)
 
     def launch(self, params: ctypes.Structure) -> None:
-        if self._has_workspace:
-            params.workspace = self._space(self._library.workspace_bytes(ctypes.byref(params)))  # type: ignore[attr-defined]
+        if self._workspace_bytes is not None:
+            params.workspace = self._space(self._workspace_bytes(ctypes.byref(params)))  # type: ignore[attr-defined]
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
         if (error := self._library.launch(ctypes.byref(params), stream)) is not None:
             raise RuntimeError(error.decode())
 
     def _space(self, size: int) -> int:
         """The address of so many bytes, which hold what an earlier launch left there, if there was one."""
-        if self._workspace is None or self._workspace.numel() < size:
+        if self._workspace.numel() < size:
             self._workspace = torch.full((size,), 99, dtype=torch.int8, device=self.device)
         return self._workspace.data_ptr()
 
