@@ -119,7 +119,7 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
   if (tile->end > 0) begin(*tile);
   while (tile->end > 0) {
     // Known before it is needed: the claim and the divisions behind a tile's place take their time.
-    index = next_tile(w, index);
+    index = next_tile(w, index, gridDim.x);
     const Tile* const next = publish(index);
     // In the order of their use.
     for (int i = tile->end - 1; i > tile->begin; --i) {

@@ -43,19 +43,16 @@ void check_like_out(const char* name, const Tensor& x, const Tensor& q, const Te
   check_device(name, x, q);
 }
 
-// What the kernels are compiled for, of q and k / of v; KERNEL_HEAD_DIMS and KERNEL_BACKWARD_HEAD_DIMS in checks.py are the
-// same.
+// What the kernels are compiled for, of q and k / of v; KERNEL_HEAD_DIMS in checks.py is the same.
 struct HeadDims {
   int64_t dim, dim_v;
 };
-constexpr HeadDims FORWARD_HEAD_DIMS[] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
-constexpr HeadDims BACKWARD_HEAD_DIMS[] = {{64, 64}, {96, 96}, {128, 128}};
+constexpr HeadDims HEAD_DIMS[] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
 
 // Before the launch, whose errors have other reasons.
-template <size_t COUNT>
-void check_head_dims(const HeadDims (&taken)[COUNT], int64_t dim, int64_t dim_v) {
+void check_head_dims(int64_t dim, int64_t dim_v) {
   std::string allowed;
-  for (const auto& [d, v] : taken) {
+  for (const auto& [d, v] : HEAD_DIMS) {
     if (dim == d && dim_v == v) return;
     allowed += std::to_string(d) + "/" + std::to_string(v) + ", ";
   }
@@ -71,17 +68,15 @@ struct Inputs {
   Tensor q, k, v, query_bounds, key_bounds;  // bounds undefined: no documents
   AttentionProblem problem{};
 
-  template <size_t COUNT>
-  Inputs(const HeadDims (&taken)[COUNT], const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
-         int64_t window_left, int64_t window_right, const std::optional<Tensor>& cu_seqlens_q,
-         const std::optional<Tensor>& cu_seqlens_k) {
+  Inputs(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
+         int64_t window_right, const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k) {
     STD_TORCH_CHECK(q.is_cuda(), "q must be on a CUDA device like the other tensors");
     check_hopper("attention", q.get_device_index());
     check_heads("q", q, q);
     check_heads("k", k, q);
     check_heads("v", v, q);
     STD_TORCH_CHECK(k.size(3) == q.size(3), "q and k must have one head_dim, found q ", text(q), " and k ", text(k));
-    check_head_dims(taken, q.size(3), v.size(3));
+    check_head_dims(q.size(3), v.size(3));
     STD_TORCH_CHECK(k.size(1) == v.size(1) && k.size(2) == v.size(2),
                     "k and v must agree in batch, seq and heads, found k ", text(k), " and v ", text(v));
     STD_TORCH_CHECK(k.size(2) > 0 && q.size(2) % k.size(2) == 0,
@@ -120,7 +115,7 @@ struct Inputs {
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
                                    int64_t window_left, int64_t window_right, const std::optional<Tensor>& cu_seqlens_q,
                                    const std::optional<Tensor>& cu_seqlens_k, bool /*deterministic: always*/) {
-  const Inputs inputs(FORWARD_HEAD_DIMS, q, k, v, softmax_scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k);
+  const Inputs inputs(q, k, v, softmax_scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k);
   const DeviceGuard guard(q.get_device_index());
   Tensor out = new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
   Tensor lse = new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
@@ -146,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
                                             int64_t window_left, int64_t window_right,
                                             const std::optional<Tensor>& cu_seqlens_q,
                                             const std::optional<Tensor>& cu_seqlens_k, bool deterministic) {
-  const Inputs inputs(BACKWARD_HEAD_DIMS, q, k, v, softmax_scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k);
+  const Inputs inputs(q, k, v, softmax_scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k);
   check_like_out("dout", dout, q, v);
   check_like_out("out", out, q, v);
   STD_TORCH_CHECK(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(2) && lse.size(2) == q.size(1),
@@ -180,5 +175,5 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
 
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&flashmoe::forward));
-  m.impl("attention_backward_kernel", TORCH_BOX(&flashmoe::backward));
+  m.impl("attention_backward", TORCH_BOX(&flashmoe::backward));
 }

@@ -89,8 +89,8 @@ __device__ __forceinline__ Tile tile_at(const Schedule& s, int index, int tile_r
 
 // In the order of rows the list has a place for every tile that there might be.
 template <bool ORDERED = false>
-__device__ __forceinline__ int next_tile(const Schedule& s, int index) {
-  if (!ORDERED) return int(gridDim.x) + (s.dynamic ? atomicAdd(&s.list->next, 1) : index);
+__device__ __forceinline__ int next_tile(const Schedule& s, int index, int blocks) {
+  if (!ORDERED) return blocks + (s.dynamic ? atomicAdd(&s.list->next, 1) : index);
   const auto is_hole = [&](int i) {
     const int of_strips = i / (s.strips_together * s.tiles_per_strip) * s.strips_together;
     const int together = min(s.strips_together, s.strips - of_strips);
@@ -105,7 +105,7 @@ __device__ __forceinline__ int next_tile(const Schedule& s, int index) {
 // Where order matters nobody holds a tile before it runs.
 template <bool ORDERED>
 __device__ __forceinline__ int first_tile(const Schedule& s) {
-  return ORDERED ? next_tile<ORDERED>(s, 0) : int(blockIdx.x);
+  return ORDERED ? next_tile<ORDERED>(s, 0, 0) : int(blockIdx.x);
 }
 
 // A document among those that the bounds make, and its place in a list of `tile` rows or columns at a time in which no two

@@ -49,6 +49,11 @@ __device__ __forceinline__ void store_accumulators(const float (&d)[COUNT], uint
              pack<T>(d[i + 4], d[i + 5]), pack<T>(d[i + 6], d[i + 7]));
 }
 
+// A warp's 16 bytes a thread, at their place in what neighbouring lanes write.
+__device__ __forceinline__ void store_shared(uint32_t address, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
 // 16 bytes, or as many zeros where `valid` is false: `source` is then not read but still has to be an address. Lands by the
 // generic proxy: a consumer that feeds wgmma waits for the barrier, then fence_proxy_async().
 __device__ __forceinline__ void copy_async(uint32_t destination, const void* source, bool valid) {

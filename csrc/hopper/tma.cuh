@@ -72,6 +72,13 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* ti
                : "memory");
 }
 
+// Adds neighbouring floats to as many in global memory, each by itself atomically and in whatever order; else like a store.
+__device__ __forceinline__ void bulk_add(float* sums, const float* terms, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(sums),
+               "r"(shared_address(terms)), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Until the tiles of all but the PENDING newest groups may be overwritten.

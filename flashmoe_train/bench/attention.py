@@ -26,7 +26,6 @@ from flashmoe_train.bench.measure import (
 )
 from flashmoe_train.ops.attention import AttentionCase, attention, supports
 from flashmoe_train.ops.attention.reference import reference_backward, reference_forward
-from flashmoe_train.ops.attention.torch_backward import kernel_takes
 
 Direction = Literal["forward", "backward", "forward_backward"]
 
@@ -123,7 +122,7 @@ def _prepare(case: Case, device: torch.device, direction: Direction) -> Problem:
         error=lambda found: worst(relative_error(x, y) for x, y in zip(found, wanted, strict=True)),
         error_bound=ERROR_BOUND[dtype],
         work=sum(case.flops(one == "backward") for one in direction.split("_")),
-        flashmoe_path=_path(AttentionCase.of(q, v, case.d**-0.5), direction),
+        flashmoe_path=path(supports(AttentionCase.of(q, v, case.d**-0.5)), q.device.type),
         floors={},
     )
 
@@ -131,11 +130,6 @@ def _prepare(case: Case, device: torch.device, direction: Direction) -> Problem:
 def _sizes(case: Case) -> tuple[tuple[int, int], ...]:
     """(heads, dim) of q, k, v and dout."""
     return (case.h, case.d), (case.h_kv, case.d), (case.h_kv, case.dv), (case.h, case.dv)
-
-
-def _path(case: AttentionCase, direction: Direction) -> str:
-    found = path(supports(case), case.device_type)
-    return "fallback" if found == "kernel" and direction != "forward" and not kernel_takes(case) else found
 
 
 def _reference(

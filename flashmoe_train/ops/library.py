@@ -27,7 +27,7 @@ if torch.version.cuda and CUDA_LIBRARY.exists():
 COMPILED = frozenset(
     {
         "attention_forward",
-        "attention_backward_kernel",
+        "attention_backward",
         "router_topk",
         "router_topk_backward",
         "route_plan",

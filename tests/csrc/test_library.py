@@ -171,7 +171,7 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
         "q = torch.ones(1, 4, 1, 64, dtype=torch.bfloat16)\n"
         "for op, arguments in (\n"
         "    (ops.attention_forward, (q, q, q, 1.0, -1, -1, None, None, False)),\n"
-        "    (ops.attention_backward_kernel, (*[q] * 5, x[None], 1.0, -1, -1, None, None, False)),\n"
+        "    (ops.attention_backward, (*[q] * 5, x[None], 1.0, -1, -1, None, None, False)),\n"
         "    (ops.route_plan, (index, 3)),\n"
         "    (ops.router_topk, (x, None, 2, 'softmax', False, 1.0, 1, 1, 1)),\n"
         "    (ops.router_topk_backward, (x[:, :2], None, x, index, 'softmax', False, 1.0, 1)),\n"

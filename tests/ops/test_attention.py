@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashmoe_train import attention
 from flashmoe_train.ops.attention import AttentionCase, copies, fallback, supports
-from flashmoe_train.ops.attention.torch_backward import kernel_takes
 
 from .attention_cases import CASES, Case, cumulative, oracle
 from .operators import CountOperators, assert_close_in_norm, assert_opcheck, chooser, forward_backward, saving
@@ -305,19 +304,6 @@ def test_supports_names_what_the_kernel_does_not_take(changes: dict, text: str) 
     case = AttentionCase("cuda", "9.0", torch.bfloat16, 192, 128)
     assert supports(case, complete=True) is None
     assert re.search(f"^the attention kernel takes {text}$", str(supports(case._replace(**changes), complete=True)))
-
-
-def test_gradients_run_our_kernel_where_it_takes_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = AttentionCase("cuda", "9.0", torch.bfloat16, 128, 128)
-    monkeypatch.setattr("flashmoe_train.ops.attention.torch_backward.has_kernel", lambda op, device: device == "cuda")
-    assert kernel_takes(case) and kernel_takes(case._replace(dtype=torch.float16, head_dim=64, head_dim_v=64))
-    others = {
-        "device_type": "cpu", "capability": "8.0", "dtype": torch.float32, "head_dim": 192, "positive_scale": False
-    }  # fmt: skip
-    for name, value in others.items():
-        assert not kernel_takes(case._replace(**{name: value})), name
-    monkeypatch.setattr("flashmoe_train.ops.attention.torch_backward.has_kernel", lambda *_: False)
-    assert not kernel_takes(case)
 
 
 def layout(shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -> Tensor:

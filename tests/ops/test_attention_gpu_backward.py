@@ -15,8 +15,8 @@ from flashmoe_train.bench.measure import relative_error
 
 from .attention_cases import Case, cumulative, oracle
 from .attention_gpu import (
-    BACKWARD_HEAD_DIMS,
     DTYPES,
+    HEAD_DIMS,
     MASKS,
     SMALL,
     TILES,
@@ -71,7 +71,7 @@ CONTRACT = [
 
 @EITHER
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim, dim_v", BACKWARD_HEAD_DIMS)
+@pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
 @pytest.mark.parametrize("case", CONTRACT, ids=str)
 def test_contract(case: Case, dim: int, dim_v: int, dtype: torch.dtype, deterministic: bool) -> None:
     case = replace(case, dim=dim, dim_v=dim_v)
@@ -89,7 +89,7 @@ def test_contract(case: Case, dim: int, dim_v: int, dtype: torch.dtype, determin
 
 @TILES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim, dim_v", BACKWARD_HEAD_DIMS)
+@pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
 def test_ragged_lengths(dim: int, dim_v: int, dtype: torch.dtype, tiles: str) -> None:
     for length, causal in itertools.product((1, 7, 63, 64, 65, 127, 129, 1000), (False, True)):
         case = with_tiles(tiles, Case(length_q=length, dim=dim, dim_v=dim_v, causal=causal))
@@ -97,7 +97,7 @@ def test_ragged_lengths(dim: int, dim_v: int, dtype: torch.dtype, tiles: str) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim, dim_v", BACKWARD_HEAD_DIMS)
+@pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
 @pytest.mark.parametrize("case", MASKS + SMALL, ids=str)
 def test_every_mask(case: Case, dim: int, dim_v: int, dtype: torch.dtype) -> None:
     """Rows without a partner get zeros, whatever was in their memory before: `kernel_gradients` puts NaN there."""
@@ -110,7 +110,7 @@ def test_every_mask(case: Case, dim: int, dim_v: int, dtype: torch.dtype) -> Non
     "heads, groups", [(4, 4), (4, 2), (9, 3), (8, 2), (8, 1), (16, 2), (15, 3), (48, 6), (160, 40)]
 )
 def test_ratios_of_heads(heads: int, groups: int, causal: bool) -> None:
-    for dim, dim_v in BACKWARD_HEAD_DIMS:
+    for dim, dim_v in HEAD_DIMS:
         case = Case(length_q=300, heads=heads, groups=groups, dim=dim, dim_v=dim_v, causal=causal)
         assert_kernel_right(str(case), case, random_problem(case, torch.bfloat16))
 
@@ -120,13 +120,13 @@ def test_random_shapes(chunk: int) -> None:
     """With NaN in every row of no document, and in a document of its own: those reach no other."""
     pick = chooser(seed=100 + chunk)
     for _ in range(130):
-        case, dtype = random_case(pick, BACKWARD_HEAD_DIMS, longest=640)
+        case, dtype = random_case(pick, HEAD_DIMS, longest=640)
         deterministic, view = pick(False, True), pick(None, *VIEWS)
         q, k, v = random_inputs(case, dtype)
         dout = torch.randn(*q.shape[:3], case.dim_v or case.dim, device="cuda").to(dtype)
         if view is not None:
             q, k, v, dout = (VIEWS[view](*x.shape, dtype) for x in (q, k, v, dout))
-        wanted = oracle_gradients(case, dout, q, k, v)
+        wanted, perfect = oracle_gradients(case, dout, q, k, v), perfect_flash(case, q, k, v, dout)[1:]
         kept = None
         if case.documents_q is not None and case.documents_k is not None:
             last = len(case.documents_q)
@@ -141,7 +141,7 @@ def test_random_shapes(chunk: int) -> None:
             out[:, documents[0] == last] = torch.nan
         found = kernel_gradients(case, dout, q, k, v, out, lse, deterministic=deterministic)
         name = f"{case} {dtype} deterministic={deterministic} {view}"
-        assert_right_gradients(name, case, found, wanted, kept)
+        assert_right_gradients(name, case, found, wanted, kept, perfect)
 
 
 def of_document(lengths: tuple[int, ...], rows: int) -> Tensor:
@@ -150,14 +150,14 @@ def of_document(lengths: tuple[int, ...], rows: int) -> Tensor:
 
 
 @pytest.mark.parametrize("softmax_scale", [1e-3, 0.3, 1.0])
-@pytest.mark.parametrize("dim, dim_v", BACKWARD_HEAD_DIMS)
+@pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
 def test_scales(dim: int, dim_v: int, softmax_scale: float) -> None:
     case = Case(length_q=300, dim=dim, dim_v=dim_v, causal=True, softmax_scale=softmax_scale)
     assert_kernel_right("the scale", case, random_problem(case, torch.bfloat16))
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dim, dim_v", BACKWARD_HEAD_DIMS)
+@pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
 def test_large_logits(dim: int, dim_v: int, causal: bool) -> None:
     """Up to 1e4, of both signs: most probabilities are 0 or 1, and few rows have gradients of q and k at all. Of those
     float32 leaves 3 digits of the scores."""
@@ -175,7 +175,7 @@ def test_large_logits(dim: int, dim_v: int, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dim, dim_v", BACKWARD_HEAD_DIMS)
+@pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
 def test_equal_keys(dim: int, dim_v: int, causal: bool) -> None:
     """All probabilities of a row are the same: dq is 0 by cancellation."""
     case = Case(length_q=400, dim=dim, dim_v=dim_v, causal=causal)
@@ -185,7 +185,7 @@ def test_equal_keys(dim: int, dim_v: int, causal: bool) -> None:
 
 
 @EITHER
-@pytest.mark.parametrize("dim, dim_v", BACKWARD_HEAD_DIMS)
+@pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
 @pytest.mark.parametrize(
     "case",
     [
@@ -221,7 +221,7 @@ def test_directional_derivatives(case: Case, dim: int, dim_v: int, deterministic
 # -------------------------------------------------------------------------------------------------------- deterministic
 
 
-@pytest.mark.parametrize("dim, dim_v", BACKWARD_HEAD_DIMS)
+@pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
 @pytest.mark.parametrize(
     "case",
     [
@@ -261,7 +261,7 @@ def test_public_function_asks_for_what_it_was_asked() -> None:
     dout, *inputs, out, lse = random_problem(case, torch.bfloat16)
     mask = case.mask(out)
     inputs = tuple(x.requires_grad_() for x in inputs)
-    wanted = ops.attention_backward_kernel(dout, *(x.detach() for x in inputs), out, lse, *mask, True)
+    wanted = ops.attention_backward(dout, *(x.detach() for x in inputs), out, lse, *mask, True)
     said = forward_backward(functools.partial(attention, causal=True, deterministic=True), inputs, dout)
     torch.use_deterministic_algorithms(True)
     try:
@@ -277,7 +277,7 @@ def test_public_function_asks_for_what_it_was_asked() -> None:
 EXPANDED = [view for view in VIEWS if view.endswith("for all")]
 
 
-@pytest.mark.parametrize("dim, dim_v", BACKWARD_HEAD_DIMS)
+@pytest.mark.parametrize("dim, dim_v", HEAD_DIMS)
 @pytest.mark.parametrize(
     "case", [Case(length_q=200, causal=True), Case(batch=1, length_q=200, documents_q=(70, 0, 90))], ids=str
 )
@@ -415,4 +415,4 @@ def test_direct_call_names_the_wrong_argument(number: int) -> None:
     given = (q, q, k, v, q, torch.zeros(2, 4, 40, device="cuda"), 1.0, -1, 0, None, None, False)
     arguments = [changes[name](x) if name in changes else x for name, x in zip(ARGUMENTS, given, strict=True)]
     with pytest.raises(RuntimeError, match=text):
-        ops.attention_backward_kernel(*arguments)
+        ops.attention_backward(*arguments)

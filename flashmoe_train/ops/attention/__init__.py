@@ -20,7 +20,6 @@ from torch import Tensor
 
 from flashmoe_train.ops.attention import fallback
 from flashmoe_train.ops.attention.checks import (
-    KERNEL_HEAD_DIMS,
     AttentionCase,
     check,
     check_window,
@@ -99,4 +98,4 @@ def supports(case: AttentionCase, *, complete: bool = False) -> str | None:
         return None
     if not has_kernel("attention_forward", case.device_type, complete):
         return f"this installation has no compiled attention kernel for device type {case.device_type!r}"
-    return refused_by_kernel(case, KERNEL_HEAD_DIMS)
+    return refused_by_kernel(case)

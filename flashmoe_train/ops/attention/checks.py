@@ -1,7 +1,6 @@
 """What the attention operators accept: everything else is an error that names the argument. And what of it the kernel
 for Hopper GPUs takes: everything else there is the fallback's."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,6 @@ from flashmoe_train.ops.library import accumulation_dtype, capability, refused_b
 
 # D and V.
 KERNEL_HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
-KERNEL_BACKWARD_HEAD_DIMS = ((64, 64), (96, 96), (128, 128))
 
 # The hardware's tensor loads want addresses and strides in multiples of this many bytes, and no stride of 0.
 TMA_BYTES = 16
@@ -34,14 +32,14 @@ class AttentionCase(NamedTuple):
         return cls(device.type, found, q.dtype, q.shape[-1], v.shape[-1], softmax_scale > 0)
 
 
-def refused_by_kernel(case: AttentionCase, head_dims: Sequence[tuple[int, int]]) -> str | None:
-    """None if a kernel that is compiled for `head_dims` takes the case, else the reason why not."""
+def refused_by_kernel(case: AttentionCase) -> str | None:
+    """None if the kernels take the case, else the reason why not."""
     takes = "the attention kernel takes"
     if (reason := refused_by_tensor_cores(takes, case.capability, case.dtype)) is not None:
         return reason
     # One comparison at a time: of `in`, torch.compile with a symbolic head_dim makes a formula that it never solves.
-    if not any(case.head_dim == d and case.head_dim_v == v for d, v in head_dims):
-        allowed = ", ".join(f"{d}/{v}" for d, v in head_dims)
+    if not any(case.head_dim == d and case.head_dim_v == v for d, v in KERNEL_HEAD_DIMS):
+        allowed = ", ".join(f"{d}/{v}" for d, v in KERNEL_HEAD_DIMS)
         return f"{takes} head dims of q and k / of v {allowed}, found {case.head_dim}/{case.head_dim_v}"
     if not case.positive_scale:
         return f"{takes} a softmax_scale above 0"

@@ -1,8 +1,4 @@
-"""`torch.ops.flashmoe.attention_forward` and `attention_backward`: schema, fake, autograd, FLOPs, sharding.
-
-On GPUs `attention_backward` is PyTorch's kernels or, where it takes the case, `attention_backward_kernel`: ours, with
-no other implementation, no fake and no autograd.
-"""
+"""`torch.ops.flashmoe.attention_forward` and `attention_backward`: schema, fake, autograd, FLOPs, sharding."""
 
 from typing import Any
 
@@ -12,7 +8,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flashmoe_train.ops.attention.checks import check, check_backward
 from flashmoe_train.ops.attention.reference import reference_backward, reference_forward
-from flashmoe_train.ops.attention.torch_backward import cuda_backward
 from flashmoe_train.ops.library import LIBRARY, TAGS, accumulation_dtype, differentiable_once, implement
 
 _ARGUMENTS = (
@@ -20,18 +15,16 @@ _ARGUMENTS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool deterministic"
 )
 LIBRARY.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor lse)", tags=TAGS)
-for _name in ("attention_backward", "attention_backward_kernel"):
-    LIBRARY.define(
-        f"{_name}(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS})"
-        " -> (Tensor dq, Tensor dk, Tensor dv)",
-        tags=TAGS,
-    )
+LIBRARY.define(
+    f"attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS})"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=TAGS,
+)
 attention_forward = torch.ops.flashmoe.attention_forward
 attention_backward = torch.ops.flashmoe.attention_backward
 
 implement("attention_forward", reference_forward, "CPU")
 implement("attention_backward", reference_backward, "CPU")
-implement("attention_backward", cuda_backward, "CUDA")
 
 
 @torch.library.register_fake("flashmoe::attention_forward", lib=LIBRARY)
