@@ -50,6 +50,35 @@ __device__ __forceinline__ void multiply_keys(float (&dq)[S::SUM_COLUMNS / 2], u
 
 // ---------------------------------------------------------------------------------------------- what is done with scores
 
+// Scores of 64 keys, and the gradient of their probabilities.
+template <typename S>
+struct Scores {
+  Shared<S>& shared;
+  const uint64_t k, v, q, dout;
+
+  __device__ __forceinline__ Scores(Shared<S>& shared, int first_key)
+      : shared(shared),
+        k(k_major(shared_address(shared.k) + first_key * 128)),
+        v(k_major(shared_address(shared.v) + first_key * 128)),
+        q(k_major(shared_address(shared.q))),
+        dout(k_major(shared_address(shared.dout))) {}
+
+  // Two batches of products.
+  __device__ __forceinline__ void issue(float (&s)[S::QUERIES / 2], float (&dp)[S::QUERIES / 2],
+                                        Step<S::KEY_STAGES> key_step, Step<S::STAGES> step) const {
+    shared.q_ring.wait(step);
+    wgmma_fence();
+    multiply_scores<S, S::DIM>(s, advance(k, key_step.stage * sizeof shared.k[0]),
+                               advance(q, step.stage * sizeof shared.q[0]));
+    wgmma_commit();
+    shared.dout_ring.wait(step);
+    wgmma_fence();
+    multiply_scores<S, S::DIM_V>(dp, advance(v, value_step<S>(key_step).stage * sizeof shared.v[0]),
+                                 advance(dout, step.stage * sizeof shared.dout[0]));
+    wgmma_commit();
+  }
+};
+
 // Of a warpgroup's 64 keys: which queries see them.
 template <typename S>
 struct Keys {
@@ -174,20 +203,18 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
   using T = typename S::T;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const bool speaks = lane == 0;  // for its warp
-  constexpr int K_STAGE = sizeof shared.k[0], V_STAGE = sizeof shared.v[0], Q_STAGE = sizeof shared.q[0],
-                DOUT_STAGE = sizeof shared.dout[0], DS_STAGE = sizeof shared.ds[0];
+  constexpr int K_STAGE = sizeof shared.k[0], Q_STAGE = sizeof shared.q[0], DOUT_STAGE = sizeof shared.dout[0],
+                DS_STAGE = sizeof shared.ds[0];
   static_assert(S::PAIR_STAGES == S::STAGES);
-  const uint32_t k_address = shared_address(shared.k), v_address = shared_address(shared.v),
-                 q_address = shared_address(shared.q), dout_address = shared_address(shared.dout);
-  const uint64_t k = k_major(k_address + warpgroup * 64 * 128), v = k_major(v_address + warpgroup * 64 * 128);
-  const uint64_t q = k_major(q_address), dout = k_major(dout_address);
-  const uint64_t q_rows = mn_major(q_address, S::QUERIES * 128), dout_rows = mn_major(dout_address, S::QUERIES * 128);
+  const Scores<S> scores(shared, warpgroup * 64);
+  const uint64_t q_rows = mn_major(shared_address(shared.q), S::QUERIES * 128),
+                 dout_rows = mn_major(shared_address(shared.dout), S::QUERIES * 128);
   const uint64_t ds = mn_major(shared_address(shared.ds), S::KEYS * 128);
   const uint32_t ds_place = shared_address(shared.ds) +
                             tile_offset(S::KEYS, warpgroup * 64 + thread / 32 * 16 + lane % 16, lane / 16 * 8);
   // Of dq, from here on.
   const int buffer = S::IN_TURN ? 0 : warpgroup;
-  const uint64_t k_rows = mn_major(k_address + buffer * S::SUM_COLUMNS * S::KEYS * 2, S::KEYS * 128);
+  const uint64_t k_rows = mn_major(shared_address(shared.k) + buffer * S::SUM_COLUMNS * S::KEYS * 2, S::KEYS * 128);
 
   Step<TILES> tile_step;
   Step<S::KEY_STAGES> key_step;
@@ -213,15 +240,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
       float s[S::QUERIES / 2], dp[S::QUERIES / 2];
       uint32_t p_pairs[S::QUERIES / 4], ds_pairs[S::QUERIES / 4];
 
-      // Scores, and the gradient of the probabilities.
-      shared.q_ring.wait(step);
-      wgmma_fence();
-      multiply_scores<S, S::DIM>(s, advance(k, key_step.stage * K_STAGE), advance(q, step.stage * Q_STAGE));
-      wgmma_commit();
-      shared.dout_ring.wait(step);
-      wgmma_fence();
-      multiply_scores<S, S::DIM_V>(dp, advance(v, value_step<S>(key_step).stage * V_STAGE), advance(dout, step.stage * DOUT_STAGE));
-      wgmma_commit();
+      scores.issue(s, dp, key_step, step);
 
       // p and ds.
       wgmma_wait<1>();
@@ -308,10 +327,8 @@ __device__ void consume_scores(const Work& w, Shared<S>& shared, int warpgroup) 
   using T = typename S::T;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const bool speaks = lane == 0;  // for its warp
-  constexpr int K_STAGE = sizeof shared.k[0], V_STAGE = sizeof shared.v[0], Q_STAGE = sizeof shared.q[0],
-                DOUT_STAGE = sizeof shared.dout[0], PAIR_STAGE = sizeof shared.ds[0];
-  const uint64_t k = k_major(shared_address(shared.k)), v = k_major(shared_address(shared.v)),
-                 q = k_major(shared_address(shared.q)), dout = k_major(shared_address(shared.dout));
+  constexpr int Q_STAGE = sizeof shared.q[0], PAIR_STAGE = sizeof shared.ds[0];
+  const Scores<S> scores(shared, 0);
   const uint64_t q_rows = mn_major(shared_address(shared.q), S::QUERIES * 128);
   const uint32_t place = tile_offset(S::KEYS, thread / 32 * 16 + lane % 16, lane / 16 * 8);
 
@@ -341,15 +358,7 @@ __device__ void consume_scores(const Work& w, Shared<S>& shared, int warpgroup) 
         if (speaks) ring.full[pair_step.stage].arrive();
       };
 
-      // Scores, and the gradient of the probabilities.
-      shared.q_ring.wait(step);
-      wgmma_fence();
-      multiply_scores<S, S::DIM>(s, advance(k, key_step.stage * K_STAGE), advance(q, step.stage * Q_STAGE));
-      wgmma_commit();
-      shared.dout_ring.wait(step);
-      wgmma_fence();
-      multiply_scores<S, S::DIM_V>(dp, advance(v, value_step<S>(key_step).stage * V_STAGE), advance(dout, step.stage * DOUT_STAGE));
-      wgmma_commit();
+      scores.issue(s, dp, key_step, step);
 
       // p.
       wgmma_wait<1>();
