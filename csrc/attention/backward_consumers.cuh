@@ -50,6 +50,21 @@ __device__ __forceinline__ void multiply_keys(float (&dq)[S::SUM_COLUMNS / 2], u
 
 // ---------------------------------------------------------------------------------------------- what is done with scores
 
+// visit(tile, begin, end) for the tiles of this block. The steps come from one lane, so that the compiler knows them to be the
+// same in all.
+template <typename S, typename Visit>
+__device__ __forceinline__ void compute_tiles(Shared<S>& shared, Visit visit) {
+  for (Step<TILES> step;; step.next()) {
+    shared.tile_ring.wait(step);
+    const Tile& tile = shared.tiles[step.stage];
+    const int begin = __shfl_sync(0xffffffff, tile.begin, 0), end = __shfl_sync(0xffffffff, tile.end, 0);
+    if (end == 0) return;
+    visit(tile, begin, end);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) shared.tile_ring.release(step);
+  }
+}
+
 // Scores of 64 keys, and the gradient of their probabilities.
 template <typename S>
 struct Scores {
@@ -216,18 +231,13 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
   const int buffer = S::IN_TURN ? 0 : warpgroup;
   const uint64_t k_rows = mn_major(shared_address(shared.k) + buffer * S::SUM_COLUMNS * S::KEYS * 2, S::KEYS * 128);
 
-  Step<TILES> tile_step;
   Step<S::KEY_STAGES> key_step;
   Step<S::STAGES> step;
   Step<1> dq_step;
   int turn = 0;  // whose it is to compute dq
   float dk[S::DIM / 2], dv[S::DIM_V / 2];
 
-  for (;; tile_step.next()) {
-    shared.tile_ring.wait(tile_step);
-    const Tile& tile = shared.tiles[tile_step.stage];
-    const int begin = __shfl_sync(0xffffffff, tile.begin, 0), end = __shfl_sync(0xffffffff, tile.end, 0);
-    if (end == 0) break;
+  compute_tiles<S>(shared, [&](const Tile& tile, int begin, int end) {
     const Keys<S> keys(w, tile, tile.row + warpgroup * 64, thread);
     const bool adds = is_seen<S>(w, tile);
 
@@ -314,9 +324,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
     key_step.next();
     store_rows<T, S::DIM>(dk, w.dk, w.dk_parts, w, tile, keys.first, thread, w.scale);
     store_rows<T, S::DIM_V>(dv, w.dv, w.dv_parts, w, tile, keys.first, thread, 1);
-    __syncwarp();
-    if (speaks) shared.tile_ring.release(tile_step);
-  }
+  });
 }
 
 // ------------------------------------------------------------------------------------------------- wider heads, 64 keys
@@ -332,17 +340,12 @@ __device__ void consume_scores(const Work& w, Shared<S>& shared, int warpgroup) 
   const uint64_t q_rows = mn_major(shared_address(shared.q), S::QUERIES * 128);
   const uint32_t place = tile_offset(S::KEYS, thread / 32 * 16 + lane % 16, lane / 16 * 8);
 
-  Step<TILES> tile_step;
   Step<S::KEY_STAGES> key_step;
   Step<S::STAGES> step;
   Step<S::PAIR_STAGES> pair_step;
   float dk[S::DIM / 2];
 
-  for (;; tile_step.next()) {
-    shared.tile_ring.wait(tile_step);
-    const Tile& tile = shared.tiles[tile_step.stage];
-    const int begin = __shfl_sync(0xffffffff, tile.begin, 0), end = __shfl_sync(0xffffffff, tile.end, 0);
-    if (end == 0) break;
+  compute_tiles<S>(shared, [&](const Tile& tile, int begin, int end) {
     const Keys<S> keys(w, tile, tile.row, thread);
 
     shared.key_ring.wait(key_step);
@@ -396,9 +399,7 @@ __device__ void consume_scores(const Work& w, Shared<S>& shared, int warpgroup) 
     if (speaks) shared.key_ring.release(key_step), shared.value_ring.release(value_step<S>(key_step));
     key_step.next();
     store_rows<T, S::DIM>(dk, w.dk, w.dk_parts, w, tile, keys.first, thread, w.scale);
-    __syncwarp();
-    if (speaks) shared.tile_ring.release(tile_step);
-  }
+  });
 }
 
 // Another one computes dv and dq of them.
@@ -412,7 +413,6 @@ __device__ void consume_pairs(const Work& w, Shared<S>& shared, int warpgroup) {
   const uint64_t k_rows = mn_major(shared_address(shared.k), S::KEYS * 128),
                  dout_rows = mn_major(shared_address(shared.dout), S::QUERIES * 128);
 
-  Step<TILES> tile_step;
   Step<S::KEY_STAGES> key_step;
   Step<S::STAGES> step;
   Step<S::PAIR_STAGES> pair_step;
@@ -420,11 +420,7 @@ __device__ void consume_pairs(const Work& w, Shared<S>& shared, int warpgroup) {
   Step<S::STAGES> turn;
   float dv[S::DIM_V / 2];
 
-  for (;; tile_step.next()) {
-    shared.tile_ring.wait(tile_step);
-    const Tile& tile = shared.tiles[tile_step.stage];
-    const int begin = __shfl_sync(0xffffffff, tile.begin, 0), end = __shfl_sync(0xffffffff, tile.end, 0);
-    if (end == 0) break;
+  compute_tiles<S>(shared, [&](const Tile& tile, int begin, int end) {
     const bool adds = is_seen<S>(w, tile);
 
     shared.key_ring.wait(key_step);
@@ -481,9 +477,7 @@ __device__ void consume_pairs(const Work& w, Shared<S>& shared, int warpgroup) {
     if (speaks) shared.key_ring.release(key_step), shared.value_ring.release(value_step<S>(key_step));
     key_step.next();
     store_rows<T, S::DIM_V>(dv, w.dv, w.dv_parts, w, tile, tile.row, thread, 1);
-    __syncwarp();
-    if (speaks) shared.tile_ring.release(tile_step);
-  }
+  });
 }
 
 }  // namespace
