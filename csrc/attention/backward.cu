@@ -13,8 +13,8 @@
 //                            memory: dq needs that of all keys. Wider heads need so many registers that tiles have 64 keys,
 //                            of which one warpgroup computes p, ds and dk, and another dv and dq
 //
-// Every mask is a band, and a tile visits the queries that any of its keys is seen by, from the last one back. A tile is of one
-// head of keys: its steps go through all heads of queries that share it.
+// Every mask is a band, and a tile visits the queries that any of its keys is seen by, from the last one back. A tile is of
+// one head of keys: its steps go through all heads of queries that share it.
 // docs/kernels/attention_backward.md says what was tried and measured.
 #include <algorithm>
 
