@@ -161,3 +161,4 @@ def main(order: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
+    os._exit(0)  # its word is written; threads that still run while an interpreter is torn down may abort it
