@@ -1,14 +1,14 @@
 // Attention backward: the gradients of q, k and v from that of out.
 //
-//   prepare   delta = rowsum(dout * out) of every query; zeros in the sums of dq
+//   prepare   delta = rowsum(dout * out) of every query, beside its lse; zeros in the sums of dq
 //   backward  p = exp(scale * k qT - lse), ds = p * (v doutT - delta); dv = p dout, dk = ds q, dq += dsT k
 //   convert   the sums of dq, in float32, to dq
 //
 // Everything is transposed: a tile is 64 to 192 keys, a step 64 queries of a head, so that p and ds are in registers what dv
 // and dk need of them. Tiles of different keys add to the sums of the same queries. Who does what in a block:
 //
-//   backward_producers.cuh   the first warpgroup: one thread loads tiles, k, v and a ring of stages of q and dout; a warp
-//                            brings what is known of each query; one or two warps add dq to memory
+//   backward_producers.cuh   the first warpgroup: one thread loads tiles, k, v and a ring of stages of q and dout; one or two
+//                            warps add dq to memory
 //   backward_consumers.cuh   the others. Up to head dim 128 each has 64 keys of the tile, and only ds goes through shared
 //                            memory: dq needs that of all keys. Wider heads need so many registers that tiles have 64 keys,
 //                            of which one warpgroup computes p, ds and dk, and another dv and dq
@@ -29,16 +29,17 @@ template <typename S>
 __global__ void __launch_bounds__(S::THREADS, 1) backward_kernel(const __grid_constant__ Work w) {
   auto& shared = shared_storage<Shared<S>>();
   if (threadIdx.x == 0) {
-    shared.key_ring.init(1, 4 * S::WARPGROUPS);
-    shared.value_ring.init(1, 4 * S::WARPGROUPS);
-    shared.q_ring.init(1 + 32, S::WIDE ? 4 : 4 * S::WARPGROUPS);  // the copies, and the statistics' warp
-    shared.dout_ring.init(1 + 32, 4 * S::WARPGROUPS);
-    shared.p_ring.init(4, 4);
-    shared.ds_ring.init(4, 4);
-    for (Ring<1>& ring : shared.dq_ring) ring.init(4, 1);
+    constexpr int WARPGROUP_SPEAKS = 4 * SPEAKERS, ALL_SPEAK = S::WARPGROUPS * WARPGROUP_SPEAKS;
+    shared.key_ring.init(1, ALL_SPEAK);
+    shared.value_ring.init(1, ALL_SPEAK);
+    shared.q_ring.init(1, S::WIDE ? WARPGROUP_SPEAKS : ALL_SPEAK);
+    shared.dout_ring.init(1, ALL_SPEAK);
+    shared.p_ring.init(WARPGROUP_SPEAKS, WARPGROUP_SPEAKS);
+    shared.ds_ring.init(WARPGROUP_SPEAKS, WARPGROUP_SPEAKS);
+    for (Ring<1>& ring : shared.dq_ring) ring.init(WARPGROUP_SPEAKS, 1);
     shared.turn_ring.init(1, 1);
-    for (Barrier& added : shared.added) added.init(4);
-    shared.tile_ring.init(1, 4 * S::WARPGROUPS + 1 + (S::STAGED ? S::SUM_BUFFERS : w.ordered ? 2 : 0));
+    for (Barrier& added : shared.added) added.init(WARPGROUP_SPEAKS);
+    shared.tile_ring.init(1, ALL_SPEAK + (S::STAGED ? S::SUM_BUFFERS : w.ordered ? 2 : 0) * SPEAKERS);
     fence_barrier_init();
   }
   __syncthreads();
@@ -47,12 +48,10 @@ __global__ void __launch_bounds__(S::THREADS, 1) backward_kernel(const __grid_co
     const int warp = threadIdx.x / 32;
     if (warp == 0) {
       if (elected()) w.ordered ? produce<S, true>(w, shared) : produce<S, false>(w, shared);
-    } else if (warp == 1) {
-      produce_statistics<S>(w, shared);
     } else if constexpr (S::STAGED) {
-      if (warp < 2 + S::SUM_BUFFERS) add_sums<S>(w, shared, warp - 2);
-    } else if (w.ordered) {
-      warp == 2 ? await_turns<S>(w, shared) : pass_turns<S>(w, shared);
+      if (warp <= S::SUM_BUFFERS) add_sums<S>(w, shared, warp - 1);
+    } else if (w.ordered && warp <= 2) {
+      warp == 1 ? await_turns<S>(w, shared) : pass_turns<S>(w, shared);
     }
   } else {
     more_registers<S::CONSUMER_REGISTERS>();
@@ -80,18 +79,17 @@ int parts_of(const AttentionBackwardParams& p, int blocks) {
 
 // Where what lies in the workspace, in bytes.
 struct Workspace {
-  int64_t lse, delta, sums, turns, dk_parts, dv_parts, end;
+  int64_t statistics, sums, turns, dk_parts, dv_parts, end;
   int blocks, parts;
 
   Workspace(const AttentionBackwardParams& p, int most_blocks) {
     const auto after = [](int64_t begin, int64_t bytes) { return begin + (bytes + 255) / 256 * 256; };
-    const int64_t rows = int64_t(p.batch) * p.heads;
     blocks = int(tiles_of_strip(p, p.queries, STEP_QUERIES));
-    lse = after(0, list_bytes(p, p.keys, tile_keys(p.dim)));
-    delta = after(lse, rows * p.queries * 4);
-    sums = after(delta, rows * p.queries * 4);
-    turns = sums + rows * blocks * STEP_QUERIES * p.dim * 4;
-    dk_parts = after(turns, p.deterministic ? rows * blocks * 4 : 0);
+    const int64_t all_blocks = int64_t(p.batch) * p.heads * blocks;
+    statistics = after(0, list_bytes(p, p.keys, tile_keys(p.dim)));
+    sums = after(statistics, all_blocks * sizeof(Statistics));
+    turns = after(sums, all_blocks * STEP_QUERIES * p.dim * 4);
+    dk_parts = after(turns, p.deterministic ? all_blocks * 4 : 0);
     parts = parts_of(p, most_blocks);
     const int64_t key_rows = parts > 1 ? int64_t(p.batch) * p.keys * p.kv_heads * parts : 0;
     dv_parts = after(dk_parts, key_rows * p.dim * 4);
@@ -120,7 +118,8 @@ cudaError_t launch_backward(const AttentionBackwardParams& p, cudaStream_t strea
   w.k = map_of("k", p.k, element, p.k_strides, p.batch, p.keys, p.kv_heads, p.dim, S::KEYS);
   w.v = map_of("v", p.v, element, p.v_strides, p.batch, p.keys, p.kv_heads, p.dim_v, S::KEYS);
   w.dout = map_of("dout", p.dout, element, p.dout_strides, p.batch, p.queries, p.heads, p.dim_v, S::QUERIES);
-  w.lse = floats(workspace.lse), w.delta = floats(workspace.delta), w.sums = floats(workspace.sums);
+  auto* const statistics = reinterpret_cast<Statistics*>(base + workspace.statistics);
+  w.statistics = statistics, w.sums = floats(workspace.sums);
   w.turns = p.deterministic ? reinterpret_cast<int*>(base + workspace.turns) : nullptr;
   w.dk = p.dk, w.dv = p.dv;
   if (parts > 1) w.dk_parts = floats(workspace.dk_parts), w.dv_parts = floats(workspace.dv_parts);
@@ -129,14 +128,13 @@ cudaError_t launch_backward(const AttentionBackwardParams& p, cudaStream_t strea
   if (w.row_bounds)
     if (const cudaError_t error = plan_tiles(w, S::KEYS, S::QUERIES, stream)) return error;
 
-  const PrepareWork prepare{p.out, p.dout, p.out_strides, p.dout_strides, p.lse, floats(workspace.lse),
-                            floats(workspace.delta), reinterpret_cast<uint4*>(base + workspace.sums),
-                            (workspace.dk_parts - workspace.sums) / 16, w.row_bounds ? nullptr : &w.list->next,
-                            p.batch, p.queries, p.heads};
-  constexpr int LANES = S::DIM_V <= 64 ? 8 : S::DIM_V <= 128 ? 16 : 32;
-  const int64_t threads = int64_t(p.batch) * p.queries * p.heads * LANES;
+  const Schedule queries = schedule_of(p, p.workspace, false, p.heads, S::QUERIES, 1);
+  const PrepareWork prepare{queries, p.out, p.dout, p.out_strides, p.dout_strides, p.lse, statistics,
+                            reinterpret_cast<uint4*>(base + workspace.sums), (workspace.dk_parts - workspace.sums) / 16,
+                            w.row_bounds ? nullptr : &w.list->next, p.batch, w.blocks};
+  const int64_t threads = int64_t(p.batch) * p.queries * p.heads * PREPARE_LANES<S>;
   if (const cudaError_t error =
-          launch(prepare_kernel<T, S::DIM_V, LANES>,
+          launch(prepare_kernel<S>,
                  {dim3((threads + PREPARE_THREADS - 1) / PREPARE_THREADS), dim3(PREPARE_THREADS), 0, stream}, prepare))
     return error;
 
@@ -145,7 +143,7 @@ cudaError_t launch_backward(const AttentionBackwardParams& p, cudaStream_t strea
           launch(backward_kernel<S>, {dim3(blocks), dim3(S::THREADS), sizeof(Shared<S>), stream, true}, w))
     return error;
 
-  const ConvertWork convert{schedule_of(p, p.workspace, false, p.heads, S::QUERIES, 1), w.sums, p.dq, w.blocks, p.scale};
+  const ConvertWork convert{queries, w.sums, p.dq, w.blocks, p.scale};
   if (const cudaError_t error = launch(
           convert_kernel<S>, {dim3(w.blocks * p.heads * p.batch), dim3(CONVERT_THREADS), 0, stream, true}, convert))
     return error;

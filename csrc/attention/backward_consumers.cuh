@@ -61,7 +61,7 @@ __device__ __forceinline__ void compute_tiles(Shared<S>& shared, Visit visit) {
     if (end == 0) return;
     visit(tile, begin, end);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) shared.tile_ring.release(step);
+    if (threadIdx.x % 32 < SPEAKERS) shared.tile_ring.release(step);
   }
 }
 
@@ -178,7 +178,7 @@ __device__ __forceinline__ void store_sums(const float (&dq)[COUNT], Ring<1>& ri
   for (int j = 0; j < COUNT; j += 4) store_shared(place + j * 128, dq[j], dq[j + 1], dq[j + 2], dq[j + 3]);
   fence_proxy_async();
   __syncwarp();
-  if (thread % 32 == 0) ring.full[0].arrive();
+  if (thread % 32 < SPEAKERS) ring.full[0].arrive();
 }
 
 // A warpgroup's 64 rows of dk or dv, straight to memory: to `to`, or as a part of a sum.
@@ -217,7 +217,7 @@ template <typename S>
 __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
   using T = typename S::T;
   const int thread = threadIdx.x % 128, lane = thread % 32;
-  const bool speaks = lane == 0;  // for its warp
+  const bool speaks = lane < SPEAKERS;  // for its warp
   constexpr int K_STAGE = sizeof shared.k[0], Q_STAGE = sizeof shared.q[0], DOUT_STAGE = sizeof shared.dout[0],
                 DS_STAGE = sizeof shared.ds[0];
   static_assert(S::PAIR_STAGES == S::STAGES);
@@ -255,13 +255,13 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
       // p and ds.
       wgmma_wait<1>();
       pin(s);
-      powers<S>(s, shared.lse[step.stage] + fragment_column(thread), w.exponent_scale);
+      powers<S>(s, shared.statistics[step.stage].lse + fragment_column(thread), w.exponent_scale);
       if constexpr (decltype(masked)::value) keys.hide(s, i);
       wgmma_wait<0>();
       pin(dp);
 #pragma unroll
       for (int j = 0; j < S::QUERIES / 8; ++j) {
-        gradients(dp + 4 * j, s + 4 * j, shared.delta[step.stage] + fragment_column(thread) + 8 * j);
+        gradients(dp + 4 * j, s + 4 * j, shared.statistics[step.stage].delta + fragment_column(thread) + 8 * j);
         p_pairs[2 * j] = pack<T>(s[4 * j], s[4 * j + 1]), p_pairs[2 * j + 1] = pack<T>(s[4 * j + 2], s[4 * j + 3]);
         if constexpr (!decltype(masked)::value)  // at once, while registers are short
           ds_pairs[2 * j] = pack<T>(dp[4 * j], dp[4 * j + 1]), ds_pairs[2 * j + 1] = pack<T>(dp[4 * j + 2], dp[4 * j + 3]);
@@ -287,7 +287,6 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
       const auto finish_values = [&] {
         pin(dv);
         pin(p_pairs);
-        __syncwarp();  // all lanes have read delta, and lse below
         if (speaks) shared.dout_ring.release(step);
       };
       const auto issue_keys = [&] {
@@ -316,7 +315,7 @@ __device__ void consume(const Work& w, Shared<S>& shared, int warpgroup) {
       wgmma_wait<0>();
       pin(dk);
       pin(ds_pairs);
-      __syncwarp();
+      __syncwarp();  // all lanes have read the statistics
       if (speaks) shared.q_ring.release(step);
       step.next();
     });
@@ -334,7 +333,7 @@ template <typename S>
 __device__ void consume_scores(const Work& w, Shared<S>& shared, int warpgroup) {
   using T = typename S::T;
   const int thread = threadIdx.x % 128, lane = thread % 32;
-  const bool speaks = lane == 0;  // for its warp
+  const bool speaks = lane < SPEAKERS;  // for its warp
   constexpr int Q_STAGE = sizeof shared.q[0], PAIR_STAGE = sizeof shared.ds[0];
   const Scores<S> scores(shared, 0);
   const uint64_t q_rows = mn_major(shared_address(shared.q), S::QUERIES * 128);
@@ -366,7 +365,7 @@ __device__ void consume_scores(const Work& w, Shared<S>& shared, int warpgroup) 
       // p.
       wgmma_wait<1>();
       pin(s);
-      powers<S>(s, shared.lse[step.stage] + fragment_column(thread), w.exponent_scale);
+      powers<S>(s, shared.statistics[step.stage].lse + fragment_column(thread), w.exponent_scale);
       if constexpr (decltype(masked)::value) keys.hide(s, i);
 #pragma unroll
       for (int j = 0; j < S::QUERIES / 4; ++j) pairs[j] = pack<T>(s[2 * j], s[2 * j + 1]);
@@ -377,9 +376,8 @@ __device__ void consume_scores(const Work& w, Shared<S>& shared, int warpgroup) 
       pin(dp);
 #pragma unroll
       for (int j = 0; j < S::QUERIES / 8; ++j)
-        gradients(dp + 4 * j, s + 4 * j, shared.delta[step.stage] + fragment_column(thread) + 8 * j);
+        gradients(dp + 4 * j, s + 4 * j, shared.statistics[step.stage].delta + fragment_column(thread) + 8 * j);
       if constexpr (decltype(masked)::value) keys.hide(dp, i);
-      __syncwarp();  // all lanes have read delta, and lse below
       if (speaks) shared.dout_ring.release(step);
 #pragma unroll
       for (int j = 0; j < S::QUERIES / 4; ++j) pairs[j] = pack<T>(dp[2 * j], dp[2 * j + 1]);
@@ -407,7 +405,7 @@ template <typename S>
 __device__ void consume_pairs(const Work& w, Shared<S>& shared, int warpgroup) {
   using T = typename S::T;
   const int thread = threadIdx.x % 128, lane = thread % 32;
-  const bool speaks = lane == 0;  // for its warp
+  const bool speaks = lane < SPEAKERS;  // for its warp
   constexpr int K_STAGE = sizeof shared.k[0], DOUT_STAGE = sizeof shared.dout[0], PAIR_STAGE = sizeof shared.ds[0];
   const uint64_t p = k_major(shared_address(shared.p)), ds = mn_major(shared_address(shared.ds), S::KEYS * 128);
   const uint64_t k_rows = mn_major(shared_address(shared.k), S::KEYS * 128),

@@ -10,33 +10,49 @@
 namespace flashmoe {
 namespace {
 
-// What prepare is given, beside what the backward kernel reads of it.
-struct PrepareWork {
+// What prepare is given. Rows of the schedule are queries.
+struct PrepareWork : Schedule {
   const void *out, *dout;
   AttentionStrides out_strides, dout_strides;
   const float* lse;
-  float *lse_scaled, *delta;  // [batch, heads, queries]
-  uint4* zeros;               // sums and turns, of every head
+  Statistics* statistics;  // [batch, heads, blocks]
+  uint4* zeros;            // sums and turns, of every head
   int64_t zero_count;
   int* next;  // tile; or null
-  int batch, queries, heads;
+  int batch, blocks;
 };
 
 constexpr int PREPARE_THREADS = 256;
+template <typename S>
+constexpr int PREPARE_LANES = S::DIM_V <= 64 ? 8 : S::DIM_V <= 128 ? 16 : 32;  // threads that have a row, 16 bytes each
 
-// lse times log2(e), delta, and zeros. LANES threads have a row, 16 bytes each.
-template <typename T, int V, int LANES>
+// The last document for which `begins_before` holds: as it does for all before it.
+template <typename Begins>
+__device__ __forceinline__ ListedTile last_document(const Schedule& s, Begins begins_before) {
+  int low = 0, high = s.documents + 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    const bool before = begins_before(document_at(s, middle));
+    (before ? low : high) = before ? middle : middle - 1;
+  }
+  return document_at(s, low);
+}
+
+// Statistics, and zeros.
+template <typename S>
 __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_constant__ PrepareWork w) {
+  using T = typename S::T;
+  constexpr int LANES = PREPARE_LANES<S>;
   launch_next();
-  const int64_t thread = int64_t(blockIdx.x) * PREPARE_THREADS + threadIdx.x, row = thread / LANES;
+  const int64_t thread = int64_t(blockIdx.x) * PREPARE_THREADS + threadIdx.x, index = thread / LANES;
+  const int lane = threadIdx.x % LANES, head = int(index % w.heads), row = int(index / w.heads % w.rows);
+  const int64_t batch = index / w.heads / w.rows;
   if (thread == 0 && w.next) *w.next = 0;
   float sum = 0;
-  const int head = int(row % w.heads), query = int(row / w.heads % w.queries);
-  const int64_t batch = row / w.heads / w.queries;
-  if (batch < w.batch && threadIdx.x % LANES < V / 8) {
+  if (batch < w.batch && lane < S::DIM_V / 8) {
     const auto eight = [&](const void* x, const AttentionStrides& strides) {
-      return *reinterpret_cast<const uint4*>(static_cast<const T*>(x) + batch * strides.batch + query * strides.row +
-                                             head * strides.head + threadIdx.x % LANES * 8);
+      return *reinterpret_cast<const uint4*>(static_cast<const T*>(x) + batch * strides.batch + row * strides.row +
+                                             head * strides.head + lane * 8);
     };
     const uint4 a = eight(w.out, w.out_strides), b = eight(w.dout, w.dout_strides);
 #pragma unroll
@@ -45,12 +61,21 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const __grid_c
   }
 #pragma unroll
   for (int i = LANES / 2; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
-  if (batch < w.batch && threadIdx.x % LANES == 0) {
-    const int64_t place = (batch * w.heads + head) * w.queries + query;
-    w.delta[place] = sum;
-    w.lse_scaled[place] = w.lse[place] * 1.44269504f;
-  }
   for (int64_t i = thread; i < w.zero_count; i += int64_t(gridDim.x) * PREPARE_THREADS) w.zeros[i] = uint4{};
+  if (batch >= w.batch) return;
+
+  ListedTile document{0, 0, w.rows, 0, w.columns, 0};
+  if (w.row_bounds) document = last_document(w, [&](const ListedTile& of) { return of.first_row <= row; });
+  const int query = row - document.first_row;
+  Statistics& statistics =
+      w.statistics[(batch * w.heads + head) * w.blocks + query / S::QUERIES +
+                   place_of_document(document.first_row, document.document, S::QUERIES)];
+  if (lane == 0) {
+    statistics.lse[query % S::QUERIES] = w.lse[(batch * w.heads + head) * w.rows + row] * 1.44269504f;
+    statistics.delta[query % S::QUERIES] = sum;
+  }
+  if (query == document.rows - 1)  // Beyond the end scores are hidden, but these are read.
+    for (int i = query % S::QUERIES + 1 + lane; i < S::QUERIES; i += LANES) statistics.lse[i] = statistics.delta[i] = 0;
 }
 
 // What convert is given: of the schedule, the documents, whose rows are queries.
@@ -68,21 +93,17 @@ template <typename S>
 __global__ void __launch_bounds__(CONVERT_THREADS) convert_kernel(const __grid_constant__ ConvertWork w) {
   using T = typename S::T;
   wait_for_previous();
-  const int block = blockIdx.x % w.blocks, strip = blockIdx.x / w.blocks, head = strip % w.heads, batch = strip / w.heads;
+  const int place = gridDim.x - 1 - blockIdx.x;  // from the end: what was added to last may still be in the cache
+  const int block = place % w.blocks, strip = place / w.blocks, head = strip % w.heads, batch = strip / w.heads;
   int first = block * S::QUERIES, end = w.rows;  // rows
   if (w.row_bounds) {
-    int low = 0, high = w.documents + 1;  // the last document that begins at this block or before
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      const bool before = place_of_document(document_at(w, middle).first_row, middle, S::QUERIES) <= block;
-      (before ? low : high) = before ? middle : middle - 1;
-    }
-    const ListedTile document = document_at(w, low);
-    first = document.first_row + (block - place_of_document(document.first_row, low, S::QUERIES)) * S::QUERIES;
+    const ListedTile document = last_document(
+        w, [&](const ListedTile& of) { return place_of_document(of.first_row, of.document, S::QUERIES) <= block; });
+    first = document.first_row + (block - place_of_document(document.first_row, document.document, S::QUERIES)) * S::QUERIES;
     end = document.first_row + document.rows;
   }
   const float4* const sums =
-      reinterpret_cast<const float4*>(w.sums) + blockIdx.x * int64_t(S::QUERIES * S::DIM / 4);
+      reinterpret_cast<const float4*>(w.sums) + place * int64_t(S::QUERIES * S::DIM / 4);
   T* const dq = static_cast<T*>(w.dq) + (int64_t(batch) * w.rows * w.heads + head) * S::DIM;
   constexpr int CHUNKS = S::DIM / 8;
   for (int i = threadIdx.x; i < S::QUERIES / 2 * CHUNKS; i += CONVERT_THREADS) {

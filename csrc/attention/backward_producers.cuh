@@ -54,7 +54,8 @@ __device__ void produce(const Work& w, Shared<S>& shared) {
         const int row = tile->first_column + i * S::QUERIES;
         shared.q_ring.acquire(step);
         Barrier& q = shared.q_ring.full[step.stage];
-        q.arrive_expecting(sizeof shared.q[0]);
+        q.arrive_expecting(sizeof shared.q[0] + sizeof(Statistics));
+        bulk_load(&shared.statistics[step.stage], w.statistics + block_of<S>(w, *tile, head, i), sizeof(Statistics), q);
         load_rows(shared.q[step.stage], &w.q, q, S::QUERIES, S::WIDTH, head, row, tile->batch, Keep::longest);
         shared.dout_ring.acquire(step);
         Barrier& dout = shared.dout_ring.full[step.stage];
@@ -76,39 +77,8 @@ __device__ __forceinline__ void each_tile(Shared<S>& shared, Visit visit) {
     if (tile.end == 0) return;
     visit(tile);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) shared.tile_ring.release(step);
+    if (threadIdx.x % 32 < SPEAKERS) shared.tile_ring.release(step);
   }
-}
-
-// One warp: lse and delta of every step's queries. They begin anywhere, and the copy engine wants multiples of 16 bytes.
-template <typename S>
-__device__ void produce_statistics(const Work& w, Shared<S>& shared) {
-  constexpr int EACH = S::QUERIES / 32;
-  const int lane = threadIdx.x % 32;
-  Step<S::STAGES> step;
-  wait_for_previous();
-  each_tile<S>(shared, [&](const Tile& tile) {
-    for (int n = 0; n < w.heads_together; ++n) {
-      const int64_t row = (int64_t(tile.batch) * w.query_heads + tile.head * w.heads_together + n) * w.columns;
-      for (int i = tile.end - 1; i >= tile.begin; --i, step.next()) {
-        float lse[EACH], delta[EACH];
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) {  // beyond the end there are zeros in q and dout: p is to be 0 there too
-          const int query = tile.first_column + i * S::QUERIES + j * 32 + lane;
-          lse[j] = query < w.columns ? w.lse[row + query] : INFINITY;
-          delta[j] = query < w.columns ? w.delta[row + query] : 0;
-        }
-        shared.q_ring.acquire(step);
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) shared.lse[step.stage][j * 32 + lane] = lse[j];
-        shared.q_ring.full[step.stage].arrive();
-        shared.dout_ring.acquire(step);
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) shared.delta[step.stage][j * 32 + lane] = delta[j];
-        shared.dout_ring.full[step.stage].arrive();
-      }
-    }
-  });
 }
 
 // ------------------------------------------------------------------------------------------------ dq, on its way to memory

@@ -40,6 +40,11 @@ constexpr int TILES = 3;  // that somebody is at work on: the producer, and cons
 
 enum BarrierId { WARPGROUP = 1, CONSUMERS = 4 };  // named barriers: one for each consumer, one for all of them
 
+// What is known of each query of a step.
+struct Statistics {
+  float lse[STEP_QUERIES], delta[STEP_QUERIES];  // lse times log2(e)
+};
+
 template <typename S>
 struct Shared {
   using T = typename S::T;
@@ -50,8 +55,7 @@ struct Shared {
   alignas(1024) T ds[S::PAIR_STAGES][S::KEYS * S::QUERIES];
   alignas(1024) T p[S::WIDE ? S::PAIR_STAGES : 1][S::WIDE ? S::KEYS * S::QUERIES : 8];
   alignas(128) float dq[S::SUM_BUFFERS][S::STAGED ? S::QUERIES * S::SUM_COLUMNS : 4];  // in the order of accumulators
-  float lse[S::STAGES][S::QUERIES];                                                    // times log2(e); comes with q
-  float delta[S::STAGES][S::QUERIES];                                                  // comes with dout
+  alignas(16) Statistics statistics[S::STAGES];                                        // come with q
   Tile tiles[TILES];
   Ring<S::KEY_STAGES> key_ring;
   Ring<S::VALUE_STAGES> value_ring;
@@ -67,10 +71,10 @@ struct Shared {
 // make too few tiles, `group` parts of the query heads of each.
 struct Work : Schedule {
   CUtensorMap q, k, v, dout;  // columns, heads, rows, batch
-  const float *lse, *delta;   // [batch, query heads, queries]
-  float* sums;                // of dq: [batch, query heads, blocks] of 64 queries, in parts of so many columns as are computed
-                              // at once, in the order of wgmma's accumulators
-  int* turns;                 // [batch, query heads, blocks]: how often a tile, or half of one, has been added to a block
+  const Statistics* statistics;  // [batch, query heads, blocks] of 64 queries
+  float* sums;                   // of dq of each block, in parts of so many columns as are computed at once, in the order of
+                                 // wgmma's accumulators
+  int* turns;                    // how often a tile, or half of one, has been added to a block
   void *dk, *dv;              // contiguous
   float *dk_parts, *dv_parts;  // group times dk and dv where tiles have a part of the heads each; or null
   int query_heads, heads_together;  // heads_together: that share a tile
@@ -92,7 +96,7 @@ __device__ __forceinline__ bool is_seen(const Work& w, const Tile& tile) {
   return band_of(w, tile, tile.row).begin < band_of(w, tile, min(tile.row + S::KEYS, tile.rows) - 1).end;
 }
 
-// Of a document's step: where its sums lie. Documents begin anywhere, blocks of one do not meet those of the next.
+// Of a document's step: where its statistics and sums lie. Documents begin anywhere, blocks of one do not meet those of the next.
 template <typename S>
 __device__ __forceinline__ int block_of(const Work& w, const Tile& tile, int head, int step) {
   return (tile.batch * w.query_heads + head) * w.blocks + place_of_document(tile.first_column, tile.document, S::QUERIES) +

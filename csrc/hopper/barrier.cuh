@@ -62,6 +62,14 @@ __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// Lanes of a warp that arrive for it where __syncwarp has ordered them. racecheck does not know that it does, and takes what
+// the others read for a race: for it (-DFLASHMOE_RACECHECK) each arrives.
+#ifdef FLASHMOE_RACECHECK
+constexpr int SPEAKERS = 32;
+#else
+constexpr int SPEAKERS = 1;
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------- ring
 
 // Where a producer or a consumer is on its way round a ring. Runs on across the tiles of a persistent kernel.
