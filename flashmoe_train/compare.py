@@ -68,7 +68,7 @@ def compare(recipe: Recipe, processes: int, allow_fallback: bool, console: Conso
     console.rule("stock and flashmoe")
     differences = [abs(a - b) for a, b in zip(*(runs[choice].losses for choice in CHOICES), strict=True)]
     worst = next((i for i, d in enumerate(differences) if not isfinite(d)), differences.index(max(differences)))
-    curve = _draw(runs, differences, folder / "compare.png")
+    curve = draw({choice: run.losses for choice, run in runs.items()}, folder / "compare.png")
     written = folder / "compare.json"
     content = {"largest_difference": differences[worst], **{choice: vars(run) for choice, run in runs.items()}}
     written.write_text(json.dumps(content, indent=1) + "\n")
@@ -102,17 +102,22 @@ def _table(runs: dict[str, Run]) -> Table:
     return table
 
 
-def _draw(runs: dict[str, Run], differences: list[float], path: Path) -> Path:
+def draw(losses: dict[str, list[float]], path: Path) -> Path:
+    """Curves, and below them how far the others are from the first."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6), layout="constrained")
-    losses, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    steps = range(1, len(differences) + 1)
-    for (choice, run), style in zip(runs.items(), ("-", "--"), strict=True):
-        losses.plot(steps, run.losses, style, label=choice)
-    losses.set(ylabel="loss (nats per token)")
-    losses.legend()
-    below.semilogy(steps, [max(difference, 1e-9) for difference in differences])  # 0 has no logarithm
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    first = next(iter(losses.values()))
+    steps = range(1, len(first) + 1)
+    for i, (name, own) in enumerate(losses.items()):
+        above.plot(steps, own, ("-", "--", ":")[i % 3], color=f"C{i}", label=name)
+        if own is not first:  # 0 has no logarithm
+            differences = [max(abs(a - b), 1e-9) for a, b in zip(first, own, strict=True)]
+            below.semilogy(steps, differences, color=f"C{i}", linewidth=1)
+    above.set(ylabel="loss (nats per token)")
+    above.legend()
     below.set(xlabel="logged step", ylabel="difference")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path

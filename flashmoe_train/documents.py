@@ -5,6 +5,8 @@ In README.md and docs/ one of these marks begins what `<!-- end of table -->` en
     <!-- results: h200/moe_parts moe_combine * -->      a file of docs/results, then a pattern of case labels
     <!-- support -->                                    what runs each operator where
     <!-- schemas -->                                    the operators' signatures
+
+and draws the loss curves of docs/results beside them.
 """
 
 import re
@@ -18,6 +20,7 @@ from flashmoe_train import support
 from flashmoe_train.bench import by_name, hopper, report, utilisation
 from flashmoe_train.bench.results import OURS, read
 from flashmoe_train.bench.variants.run import Measured, matrix, rate_unit
+from flashmoe_train.compare import draw
 
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"(<!-- (?:results: (\S+) (.+?)|support|schemas) -->\n).*?(<!-- end of table -->)", re.S)
@@ -77,7 +80,18 @@ def _results(root: Path, name: str, pattern: str) -> str:
     return f"{_lines(table)}\n{note}\n"
 
 
+def curves(root: Path = ROOT) -> Iterator[tuple[Path, dict[str, list[float]]]]:
+    """Of every recipe that was trained long enough to compare losses: where they are drawn, and the losses."""
+    for path in sorted((root / "docs/results").rglob("train_*.json")):
+        for row in read(path).rows:
+            extra = row.model_extra or {}
+            if "from_stock" in extra:
+                yield path.with_name(f"{path.stem}_{Path(row.case['recipe']).stem}.png"), extra["loss"]
+
+
 if __name__ == "__main__":
     for path, text in documents():
         path.write_text(text)
         print(path.relative_to(ROOT))
+    for path, losses in curves():
+        print(draw(losses, path).relative_to(ROOT))

@@ -1,12 +1,15 @@
 """The bench `train_torchtitan`: a recipe trained as stock and with our operators, by the command a user would type.
 
 Rows hold, for both, the median time of a step, tokens/s per device, peak memory per device and the loss of every step.
+Cases that train long enough to compare losses train stock once more: its own kernels add in another order each time.
+Their rows also hold how far the two are from the first run of stock, as a mean over the steps.
 """
 
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ import torch
 from flashmoe_train import launch
 from flashmoe_train import recipe as recipes
 from flashmoe_train.bench.measure import Bench, path
-from flashmoe_train.bench.results import Row
+from flashmoe_train.bench.results import OURS, Row
 from flashmoe_train.bench.timing import Stopwatch
 from flashmoe_train.compare import CHOICES, Run
 from flashmoe_train.errors import UsageError
@@ -23,12 +26,15 @@ from flashmoe_train.ops.library import capability
 from flashmoe_train.recipe import with_swap
 from flashmoe_train.schema import Choice
 
+AGAIN = "stock_again"
+
 
 @dataclass(frozen=True)
 class Case:
     recipe: str
     gpus: int  # processes, where there is no GPU
     overrides: tuple[str, ...] = ()
+    again: bool = False  # train stock twice
 
     @property
     def label(self) -> str:
@@ -40,8 +46,10 @@ class Case:
 
 
 class TrainBench(Bench):
-    def matching(self, pattern: str) -> Sequence[Case]:
-        """The recipe of that name or path: any can be measured."""
+    def matching(self, pattern: str) -> Sequence[Any]:
+        """Standard cases, or the recipe of that name or path: any can be measured."""
+        if found := super().matching(pattern):
+            return found
         recipes.find(pattern)  # or there is no such recipe
         return (Case(pattern, launch.default_processes()),)
 
@@ -50,17 +58,24 @@ class TrainBench(Bench):
             raise UsageError("a recipe trains on this machine's GPUs: --device cpu is not possible here")
         row = Row(case=case.as_json(), label=case.label, flashmoe_path=_path(stopwatch.device.type))
         losses = dict[str, list[float]]()
-        for name in CHOICES:
+        runs: list[tuple[str, Choice]] = [*zip(CHOICES, CHOICES, strict=True), *[(AGAIN, CHOICES[0])] * case.again]
+        for name, choice in runs:
             try:
-                run = _train(case, name)
+                run = _train(case, choice)
             except launch.RunError as error:
                 row.failed[name] = str(error)
                 continue
             losses[name] = run.losses
+            if name == AGAIN:
+                continue
             row.ms[name] = run.step_ms
             row.tokens_per_s_per_gpu[name] = run.tokens_per_s
             row.peak_gib[name] = run.peak_gib
-        return row.model_copy(update={"loss": losses})
+        measured: dict[str, Any] = {"loss": losses}
+        if case.again and not row.failed:
+            pairs = {name: [*zip(losses["stock"], losses[name], strict=True)] for name in (OURS, AGAIN)}
+            measured["from_stock"] = {name: fmean(abs(a - b) for a, b in pair) for name, pair in pairs.items()}
+        return row.model_copy(update=measured)
 
 
 def _train(case: Case, choice: Choice) -> Run:
@@ -80,7 +95,11 @@ BENCHES = (
         name="train_torchtitan",
         title="Training under TorchTitan",
         rate="tokens_per_s_per_gpu",
-        standard=[Case("quickstart", launch.default_processes())],
+        standard=[
+            Case("quickstart", launch.default_processes()),
+            Case("llama3_debug", 1, ("training.steps=200", "training.seq_len=1024"), again=True),
+            Case("llama3_8b_4layers", 1, ("training.global_batch_size=1",), again=True),
+        ],
         tiny=[
             Case("quickstart", min(2, launch.default_processes()), ("training.steps=8", "training.validate_steps=1"))
         ],
