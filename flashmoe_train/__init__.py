@@ -11,5 +11,7 @@ from flashmoe_train.ops.attention import attention
 from flashmoe_train.ops.moe import moe
 from flashmoe_train.swap import swap
 
+swap.framework("transformers", "flashmoe_train.integrations.transformers")
+
 __version__ = "0.1.0"
 __all__ = ["attention", "moe", "nn", "swap"]

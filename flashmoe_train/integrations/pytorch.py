@@ -32,7 +32,7 @@ def _why_not(module: nn.Module) -> str | None:
     return None
 
 
-@swap.register(nn.MultiheadAttention, _why_not)
+@swap.register(nn.MultiheadAttention, _why_not, part="attention")
 class FlashMoEMultiheadAttention(nn.MultiheadAttention):
     """Full and causal attention by `flashmoe_train.attention`; calls that it cannot express go to PyTorch, with a
     warning that says why: those that ask for the weights (`need_weights`, PyTorch's default!) and other masks."""
