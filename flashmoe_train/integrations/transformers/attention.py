@@ -40,7 +40,7 @@ def attention_forward(
     found for what neither may ignore: dropout, sinks, a cap or bias on scores, lengths that are not the mask's.
     """
     if not isinstance(attention_mask, CausalMask):
-        if attention_mask is not None and query.shape[2] == key.shape[2]:
+        if query.shape[2] == key.shape[2]:  # otherwise whoever made the mask has said so
             warn_stock("the mask was made elsewhere, or is no causal one")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others

@@ -2,8 +2,8 @@
 
 A model asks for its masks once per forward and hands them to every layer; ours is a `CausalMask`, a handful of bounds
 instead of `[B, 1, S, S]` booleans. What is no such mask is made by Transformers, for its own attention, and a warning
-says why. Reading what a mask holds makes the host wait for the device: once per mask and forward, never in a layer, and
-not at all under `torch.compile`.
+says why. Reading what a mask holds makes the host wait for the device: once per kind of mask and forward (a model with
+full and sliding layers has two kinds), never in a layer, and not at all under `torch.compile`.
 
 Shape legend: B batch, S sequence.
 """
@@ -76,10 +76,11 @@ def make_mask(
         if whole:
             torch._assert_async((runs <= 1).all(), "attention_mask must have padding at the ends of sequences only")
             return CausalMask(local_size, *_padded(padding))
-        nowhere, at_ends = torch.stack([padding.all(), (runs <= 1).all()]).tolist()
-        if nowhere:
+        tidy = (runs <= 1).all().int()
+        found = (tidy + padding.all()).item()  # the one time that the host waits
+        if found == 2:
             return CausalMask(local_size)
-        if at_ends:
+        if found == 1:
             return CausalMask(local_size, *_padded(padding))
         reason = "attention_mask has padding between tokens"
     if reason is None:

@@ -27,17 +27,20 @@ def build(model_type: str, **changes: Any) -> nn.Module:
     return AutoModelForCausalLM.from_config(config)
 
 
-def inputs(case: str, device: str = "cpu") -> dict[str, Tensor]:
-    """Two sequences: as they are, the first of them padded on one side or both, or of several documents each."""
-    ids = torch.randint(3, 96, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+def inputs(case: str, device: str = "cpu", scale: int = 1) -> dict[str, Tensor]:
+    """Two sequences: as they are, the first of them padded on one side or both, or of several documents each. `scale`
+    makes all lengths that many times as long."""
+    ids = torch.randint(3, 96, (2, LENGTH * scale), generator=torch.Generator().manual_seed(1))
     given = {"input_ids": ids}
-    place = torch.arange(LENGTH)
+    place = torch.arange(LENGTH * scale) // scale
     padded = {"left": place >= 9, "right": place < 15, "both": (place >= 3) & (place < 20)}
     if (kept := padded.get(case)) is not None:
         given["attention_mask"] = torch.stack([kept, torch.ones_like(kept)]).long()
     elif case == "packed":
         given["position_ids"] = torch.stack(
-            [torch.cat([torch.arange(n) for n in lengths]) for lengths in ((5, 1, 18), (11, 13))]  # of documents
+            [
+                torch.cat([torch.arange(n * scale) for n in lengths]) for lengths in ((5, 1, 18), (11, 13))
+            ]  # of documents
         )
     else:
         assert case == "plain"
