@@ -1,12 +1,14 @@
-"""PyTorch's own modules, for `flashmoe_train.swap`: `torch.nn.MultiheadAttention`.
+"""PyTorch's own modules, for `flashmoe_train.swap`: `torch.nn.MultiheadAttention`, and those that hold it.
 
-Inside `torch.nn.TransformerEncoderLayer` and `TransformerDecoderLayer` too, while they train: in `eval()` without
-gradients the encoder layer runs a kernel of PyTorch that reads the weights itself.
+`torch.nn.TransformerDecoderLayer` calls its attention and needs nothing else. `TransformerEncoderLayer` does so while
+it trains; in `eval()` without gradients it would run a kernel of PyTorch that reads the weights itself, so it is
+swapped too.
 
 Shape legend: B batch, S queries, T keys, E embedding dim, H heads, D = E / H.
 """
 
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -89,3 +91,35 @@ class FlashMoEMultiheadAttention(nn.MultiheadAttention):
         else:
             weights = self.in_proj_weight.chunk(3)
         return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+
+
+def _layer_why_not(module: nn.Module) -> str | None:
+    assert isinstance(module, nn.TransformerEncoderLayer)
+    if type(module.self_attn) not in (nn.MultiheadAttention, FlashMoEMultiheadAttention):
+        return f"its attention is a {type(module.self_attn).__name__}"
+    reason = _why_not(module.self_attn)
+    return reason and f"its attention is left alone: {reason}"
+
+
+@swap.register(nn.TransformerEncoderLayer, _layer_why_not, part="attention")
+class FlashMoETransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """Always calls its attention, whatever PyTorch would do in inference: on a nested tensor still that, which
+    `torch.nn.TransformerEncoder` makes of padding there, with a warning."""
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """As `torch.nn.TransformerEncoderLayer.forward`."""
+        if src.is_nested:
+            _warn("nested tensors have no shape")
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        attend = partial(self._sa_block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
+        if self.norm_first:
+            src = src + attend(self.norm1(src))
+            return src + self._ff_block(self.norm2(src))
+        src = self.norm1(src + attend(src))
+        return self.norm2(src + self._ff_block(src))

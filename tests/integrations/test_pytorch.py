@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import flashmoe_train
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations import pytorch
 from flashmoe_train.integrations.pytorch import FlashMoEMultiheadAttention
 
 from ..ops.operators import Copied
@@ -132,7 +133,10 @@ def test_transformer_encoder_trains_the_same() -> None:
     stock, swapped = nn.TransformerEncoder(layer, 2), nn.TransformerEncoder(layer, 2)
     swapped.load_state_dict(stock.state_dict())
     report = flashmoe_train.swap(swapped)
-    assert report.summary() == [("layers.*.self_attn", "MultiheadAttention", "FlashMoEMultiheadAttention", 2)]
+    assert report.summary() == [
+        ("layers.*", "TransformerEncoderLayer", "FlashMoETransformerEncoderLayer", 2),
+        ("layers.*.self_attn", "MultiheadAttention", "FlashMoEMultiheadAttention", 2),
+    ]
     assert "layers.*.self_attn" in str(report)
     mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
     for model in (stock, swapped):
@@ -144,6 +148,77 @@ def test_transformer_encoder_trains_the_same() -> None:
             optimizer.zero_grad()
     for name, want in stock.state_dict().items():
         torch.testing.assert_close(swapped.state_dict()[name], want, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What our operator was called with."""
+    found: list[dict] = []
+    stock = pytorch.attention
+
+    def spy(*tensors: Tensor, **options: object) -> Tensor:
+        found.append(options)
+        return stock(*tensors, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pytorch, "attention", spy)
+    return found
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_encoder_layer_in_inference(causal: bool, grad: bool, norm_first: bool, calls: list[dict]) -> None:
+    """Where PyTorch's own layer, without gradients, would not call its attention."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(DIM, 2, 48, batch_first=True, norm_first=norm_first, dropout=0.0).eval()
+    x = torch.randn(2, LENGTH, DIM)
+    mask = nn.Transformer.generate_square_subsequent_mask(LENGTH) if causal else None
+    with torch.set_grad_enabled(grad):
+        wanted = layer(x, mask, is_causal=causal)
+        flashmoe_train.swap(layer)
+        found = layer(x, mask, is_causal=causal)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert calls == [{"causal": causal}]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_decoder(training: bool, calls: list[dict]) -> None:
+    """Causal attention over itself and full attention over the memory, outputs and gradients."""
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(DIM, 2, 48, batch_first=True, dropout=0.0)
+    model = nn.TransformerDecoder(layer, 2).train(training)
+    x, memory = torch.randn(2, LENGTH, DIM, requires_grad=True), torch.randn(2, 9, DIM, requires_grad=True)
+    mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
+    found = []
+    for swapped in (False, True):
+        if swapped:
+            report = flashmoe_train.swap(model)
+            assert [row[0] for row in report.summary()] == ["layers.*.self_attn", "layers.*.multihead_attn"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out = model(x, memory, tgt_mask=mask)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, memory, *model.parameters()])])
+    assert calls == [{"causal": True}, {"causal": False}] * 2
+    for stock, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+
+
+def test_nested_tensors_go_to_pytorch() -> None:
+    """What TransformerEncoder makes of padding in inference."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(DIM, 2, 48, dropout=0.0, batch_first=True)
+    model, x, padding = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, LENGTH, DIM), torch.zeros(2, LENGTH) > 0
+    padding[0, 4:] = True
+    with torch.no_grad():
+        wanted = model(x, src_key_padding_mask=padding)
+        flashmoe_train.swap(model)
+        with pytest.warns(UserWarning, match="computed by PyTorch: nested tensors have no shape"):
+            torch.testing.assert_close(model(x, src_key_padding_mask=padding), wanted)
+
+
+def test_encoder_layer_follows_its_attention() -> None:
+    report = flashmoe_train.swap(nn.TransformerEncoderLayer(DIM, 2, 48, dropout=0.1), dry_run=True)
+    assert report.nothing() and report.rows[0].reason.startswith("its attention is left alone: its attention dropout")
 
 
 @pytest.mark.parametrize(
