@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from flashmoe_train.integrations.transformers import attention, experts
+from flashmoe_train.integrations.transformers import attention, experts, small
 from flashmoe_train.integrations.transformers.families import FAMILIES
 
 SUPPORTED = [family.model_type for family in FAMILIES if family.attention_why_not is None]
@@ -20,11 +19,9 @@ LENGTH = 24
 
 def build(model_type: str, **changes: Any) -> nn.Module:
     """A small model by Transformers' own eager attention and experts, the plainest of what is stock."""
-    torch.manual_seed(0)
-    (family,) = (family for family in FAMILIES if family.model_type == model_type)
-    config = AutoConfig.for_model(model_type, **family.sizes | {"use_cache": False} | changes)
-    config._attn_implementation = config._experts_implementation = "eager"
-    return AutoModelForCausalLM.from_config(config)
+    model = small.build(model_type, **{"use_cache": False} | changes)
+    model.config._attn_implementation = model.config._experts_implementation = "eager"
+    return model
 
 
 def inputs(case: str, device: str = "cpu", scale: int = 1) -> dict[str, Tensor]:

@@ -23,15 +23,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 SCALE = 12  # 288 tokens a sequence: more than a tile
-# Head dims that the kernels are compiled for.
-SIZES = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 512}
-OF_FAMILY = {
-    "mistral": {"sliding_window": 100},
-    "qwen3": {"sliding_window": 100},
-    "mixtral": {"num_local_experts": 4},
-    "olmoe": {"head_dim": None},  # it has none: hidden_size / heads
-    "deepseek_v3": {"head_dim": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
-}
+WINDOW = {"mistral": {"sliding_window": 100}, "qwen3": {"sliding_window": 100}}
 # Every expert of every token: in bfloat16 two ways may choose another expert for a token whose choices are nearly tied,
 # and then differ by more than rounding. Sparse routing is compared below, on one routing.
 ALL_EXPERTS = {
@@ -55,8 +47,7 @@ def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model_of(model_type: str, dtype: torch.dtype, **changes: Any) -> nn.Module:
-    sizes = SIZES | OF_FAMILY.get(model_type, {}) | changes
-    return build(model_type, **{name: size for name, size in sizes.items() if size is not None}).to(DEVICE, dtype)
+    return build(model_type, **WINDOW.get(model_type, {}) | changes).to(DEVICE, dtype)
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
@@ -94,13 +85,15 @@ def test_sparse_experts_on_one_routing(model_type: str) -> None:
         model.config._experts_implementation = implementation
         (module, *_) = (module for module in model.modules() if experts.is_experts(module))
         torch.manual_seed(1)
-        x = torch.randn(500, 256).to(DEVICE, dtype).requires_grad_()
+        x = torch.randn(500, model.config.hidden_size).to(DEVICE, dtype).requires_grad_()
         scores = torch.randn(500, module.num_experts)
         weights, ids = (choice.to(DEVICE) for choice in scores.softmax(1).topk(2))
         weights = weights.to(torch.bfloat16).to(dtype).requires_grad_()
         out = module(x, ids, weights)
         leaves = {"x": x, "weights": weights} | dict(module.named_parameters())
-        found = torch.autograd.grad(out, list(leaves.values()), torch.randn(500, 256).to(DEVICE, dtype))
+        found = torch.autograd.grad(
+            out, list(leaves.values()), torch.randn(500, model.config.hidden_size).to(DEVICE, dtype)
+        )
         return {"out": out.detach()} | dict(zip(leaves, found, strict=True))
 
     ours = gradients(torch.bfloat16, "flashmoe")
