@@ -101,7 +101,8 @@ def swap_check(
 @app.command()
 def bench(
     subject: Annotated[
-        str, typer.Argument(help="attention, moe, expert-parallel, train; or one bench, such as moe_parts.")
+        str,
+        typer.Argument(help="attention, moe, expert-parallel, transformers, train; or one bench, such as moe_parts."),
     ],
     cases: Annotated[
         str | None,
