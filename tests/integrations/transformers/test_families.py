@@ -138,6 +138,20 @@ def test_a_model_inside_of_another() -> None:
     assert all(model.config._attn_implementation == "flashmoe" for model in outer.values())
 
 
+def test_what_a_configuration_holds_is_not_set_with_it() -> None:
+    """A vision tower's configuration beside the language model's."""
+    from transformers import LlavaConfig
+
+    from flashmoe_train.integrations import transformers as integration
+
+    config = LlavaConfig(attn_implementation="eager")
+    undo = integration._assign(config, "_attn_implementation")
+    assert config._attn_implementation == "flashmoe"
+    assert config.vision_config._attn_implementation == config.text_config._attn_implementation == "eager"
+    undo()
+    assert config._attn_implementation == "eager"
+
+
 def test_swap_needs_no_transformers() -> None:
     import subprocess
     import sys

@@ -241,6 +241,16 @@ def test_sliding_window_is_stocks() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_scale_is_the_layers(packed: bool) -> None:
+    """Not always head_dim ** -0.5: DeepSeek's grows with the context."""
+    q, k, v = torch.randn(3, 2, 2, 9, 8).unbind()
+    bounds = torch.tensor([0, 9, 18], dtype=torch.int32) if packed else None
+    found = attention_forward(nn.Linear(1, 1), q, k, v, CausalMask(None, bounds, bounds), scaling=0.9)[0]
+    wanted = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.9).transpose(1, 2)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_one_graph_and_padding_between_tokens_is_an_error_there() -> None:
     def tokens(mask: Tensor) -> Tensor:
         return make_mask(1, 5, 5, attention_mask=mask).cu_seqlens_k  # type: ignore[union-attr]
