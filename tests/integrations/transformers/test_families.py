@@ -8,6 +8,7 @@ import flashmoe_train
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.transformers.families import FAMILIES
 
+from ...ops.operators import Copied
 from .models import ROUTED, SUPPORTED, Calls, build, calls, check_equal, inputs, no_stock, outcome
 
 assert calls  # a fixture
@@ -29,6 +30,30 @@ def test_equals_stock(model_type: str, case: str, calls: Calls) -> None:
     routed = layers - (model_type == "deepseek_v3") if model_type in ROUTED else 0
     assert kinds.count("attention") == layers and kinds.count("moe") == routed
     check_equal(found, wanted)
+
+
+@pytest.mark.parametrize("case", ["plain", "left"])
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_attention_kernel_reads_in_place(model_type: str, case: str, calls: Calls) -> None:
+    """What layers pass; packing is a view of it, but for DeepSeek-V3's layout."""
+    model = build(model_type).to(torch.bfloat16)
+    flashmoe_train.swap(model)
+    with Copied() as copied, CountCopies() as clones:
+        model(**inputs(case))
+    assert copied.calls == [{}, {}]
+    assert clones.found == (4 if (model_type, case) == ("deepseek_v3", "left") else 0)  # q and k of two layers
+
+
+class CountCopies(torch.overrides.TorchFunctionMode):
+    """Of reshapes, those that had to copy."""
+
+    found = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if func is torch.Tensor.reshape and args[1] == 1:  # in attention_forward alone
+            self.found += result.data_ptr() != args[0].data_ptr()
+        return result
 
 
 @pytest.mark.parametrize("case", ["plain", "left", "packed"])

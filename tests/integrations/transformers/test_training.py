@@ -53,7 +53,8 @@ def test_trainer_trains_the_same(model_type: str, checkpointing: bool, tmp_path:
             output_dir=str(tmp_path / str(swapped)),
             max_steps=STEPS,
             per_device_train_batch_size=4,
-            learning_rate=5e-3,
+            learning_rate=3e-3,
+            adam_epsilon=1e-3,  # Adam would divide by gradients near 0, and make rounding as large as steps
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -70,7 +71,7 @@ def test_trainer_trains_the_same(model_type: str, checkpointing: bool, tmp_path:
     assert len(calls) >= STEPS * 2
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-4, atol=1e-4)
     for name, want in ends[0].items():
-        assert (ends[1][name] - want).norm() <= 1e-3 * want.norm(), name  # Adam divides by gradients near 0
+        assert (ends[1][name] - want).norm() <= 1e-4 * want.norm(), name
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
