@@ -99,10 +99,8 @@ def _attention(
     if attn_mask is not None and is_causal:
         return "attn_mask and is_causal are both given"
     if attn_mask is not None:
-        visible = _seen(attn_mask, batch, queries, keys)
-    elif (
-        is_causal and keys > queries
-    ):  # its causal mask is aligned to the top left: keys from `queries` on are not seen
+        visible = seen(attn_mask, batch, queries, keys)
+    elif is_causal and keys > queries:  # aligned to the top left, so that nobody sees the last keys
         key, value, visible = key[:, :, :queries], value[:, :, :queries], Visible((None, 0))
     elif is_causal:
         visible = Visible((None, queries - keys))
@@ -111,12 +109,17 @@ def _attention(
     dtype = compute_dtype(query)
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return attend(q, k, v, visible, scale).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float | None = None) -> Tensor:
+    """`flashmoe_train.attention` of `[B, S, H, D]` within what is visible."""
     window, bounds_q, bounds_k = visible
     if bounds_q is None:
-        return attention(q, k, v, window=window, softmax_scale=scale).transpose(1, 2)
+        return attention(q, k, v, window=window, softmax_scale=scale)
     packed = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
     out = attention(*packed, window=window, softmax_scale=scale, cu_seqlens_q=bounds_q, cu_seqlens_k=bounds_k)
-    return out.view(batch, queries, heads, -1).transpose(1, 2)
+    return out.view(*q.shape[:3], v.shape[3])
 
 
 # ---------------------------------------------------------------------------------------------------------------- masks
@@ -124,16 +127,21 @@ def _attention(
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by mask: (its version and how it is used, what it is)
 
 
-def _seen(mask: Tensor, batch: int, queries: int, keys: int) -> Visible | str:
+def seen(
+    mask: Tensor, batch: int, queries: int, keys: int, *, of: Tensor | None = None, hides: bool = False
+) -> Visible | str:
+    """`analyse`, once for every mask, or tensor `of` which it is a view, until it changes. A boolean mask that `hides`
+    is True where nothing is seen."""
     if torch.compiler.is_compiling():
-        return "attn_mask cannot be looked at while compiling: is_causal=True can, or flashmoe_train.attention"
+        return "attn_mask cannot be looked at while compiling: is_causal=True need not be"
     if mask.requires_grad:
         return "attn_mask requires gradients, and our operator has no bias"
-    use = (None if mask.is_inference() else mask._version, batch, queries, keys)
-    known = _known.get(mask)
+    use = (None if mask.is_inference() else mask._version, batch, queries, keys, hides)
+    of = mask if of is None else of
+    known = _known.get(of)
     if known is None or known[0] != use or use[0] is None:
-        known = (use, analyse(mask, batch, queries, keys))
-        _known[mask] = known
+        known = (use, analyse(~mask if hides and mask.dtype == torch.bool else mask, batch, queries, keys))
+        _known[of] = known
     return known[1]
 
 
@@ -141,6 +149,8 @@ def _seen(mask: Tensor, batch: int, queries: int, keys: int) -> Visible | str:
 def analyse(mask: Tensor, batch: int, queries: int, keys: int) -> Visible | str:
     """What `mask`, of a shape that broadcasts to `[B, H, S, T]`, boolean or additive, tells queries to see; or why it
     is nothing that `flashmoe_train.attention` can be told."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return f"attn_mask must be boolean or floating point, found {mask.dtype}"
     if mask.dim() > 4 or mask.dim() < 2:
         return f"attn_mask must broadcast to [batch, heads, queries, keys], found {list(mask.shape)}"
     mask = mask[(None,) * (4 - mask.dim())]

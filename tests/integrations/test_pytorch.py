@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import flashmoe_train
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations import pytorch
+from flashmoe_train.integrations import sdpa
 from flashmoe_train.integrations.pytorch import FlashMoEMultiheadAttention
 
 from ..ops.operators import Copied
@@ -74,12 +74,39 @@ def test_causal_attention() -> None:
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", ["window", "heads", "padding"])
+def test_masks_that_can_be_expressed(kind: str, batch_first: bool, additive: bool) -> None:
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(DIM, 2, batch_first=batch_first)
+    q, k, v = (torch.randn(2, LENGTH, DIM).transpose(0, 1 - batch_first).requires_grad_() for _ in range(3))
+    distance = torch.arange(LENGTH) - torch.arange(LENGTH)[:, None]
+    hidden = (distance > 0) | (distance < -2)
+    if kind == "heads":
+        hidden = hidden.repeat(4, 1, 1)  # [batch · heads, S, T]
+    elif kind == "padding":
+        hidden = torch.arange(LENGTH) > torch.tensor([[3], [5]])
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf) if additive else hidden
+    name = "key_padding_mask" if kind == "padding" else "attn_mask"
+    for stock, ours in zip(*both(module, q, k, v, **{name: mask}), strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "options, reason",
     [
         ({}, "need_weights=True asks for the attention weights"),
-        ({"need_weights": False, "key_padding_mask": torch.arange(9)[None] > 6}, "key_padding_mask is no band"),
-        ({"need_weights": False, "attn_mask": torch.eye(LENGTH, 9) > 0}, "attn_mask may be any mask"),
+        ({"need_weights": False, "key_padding_mask": torch.arange(9)[None] % 3 == 1}, "no padding of keys"),
+        ({"need_weights": False, "attn_mask": torch.eye(LENGTH, 9) > 0}, "attn_mask is no band"),
+        (
+            {
+                "need_weights": False,
+                "attn_mask": torch.ones(LENGTH, 9) < 0,
+                "key_padding_mask": torch.arange(9)[None] > 6,
+            },
+            "attn_mask and key_padding_mask together",
+        ),
         (
             {"need_weights": False, "attn_mask": torch.ones(LENGTH, 9).triu(1) > 0, "is_causal": True},
             "as many queries as keys",
@@ -154,13 +181,13 @@ def test_transformer_encoder_trains_the_same() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """What our operator was called with."""
     found: list[dict] = []
-    stock = pytorch.attention
+    stock = sdpa.attention
 
     def spy(*tensors: Tensor, **options: object) -> Tensor:
         found.append(options)
         return stock(*tensors, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pytorch, "attention", spy)
+    monkeypatch.setattr(sdpa, "attention", spy)
     return found
 
 
@@ -178,7 +205,24 @@ def test_encoder_layer_in_inference(causal: bool, grad: bool, norm_first: bool, 
         flashmoe_train.swap(layer)
         found = layer(x, mask, is_causal=causal)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    assert calls == [{"causal": causal}]
+    assert [call["window"] for call in calls] == [(None, 0) if causal else (None, None)]
+
+
+def test_padding_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all layers of an encoder, until another batch brings another."""
+    analysed, stock = [], sdpa.analyse
+    monkeypatch.setattr(sdpa, "analyse", lambda *arguments: (analysed.append(1), stock(*arguments))[1])
+    layer = nn.TransformerEncoderLayer(DIM, 2, 48, batch_first=True, dropout=0.0)
+    model, x = nn.ModuleList(nn.TransformerEncoder(layer, 1).layers[0] for _ in range(3)), torch.randn(2, LENGTH, DIM)
+    wanted, padding = x, torch.zeros(2, LENGTH) > 0
+    padding[0, 4:] = True
+    for layer in model:
+        wanted = layer(wanted, src_key_padding_mask=padding)
+    flashmoe_train.swap(model)
+    for layer in model:
+        x = layer(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(x, wanted, rtol=1e-4, atol=1e-5)
+    assert len(analysed) == 1
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -198,7 +242,7 @@ def test_decoder(training: bool, calls: list[dict]) -> None:
             warnings.simplefilter("error")
             out = model(x, memory, tgt_mask=mask)
         found.append([out, *torch.autograd.grad(out.square().sum(), [x, memory, *model.parameters()])])
-    assert calls == [{"causal": True}, {"causal": False}] * 2
+    assert [call["window"] for call in calls] == [(None, 0), (None, None)] * 2
     for stock, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
 
