@@ -7,9 +7,12 @@
 
 from flashmoe_train import nn
 from flashmoe_train.integrations import pytorch as _pytorch  # noqa: F401  (registers its swaps)
+from flashmoe_train.integrations.sdpa import swap_sdpa
 from flashmoe_train.ops.attention import attention
 from flashmoe_train.ops.moe import moe
 from flashmoe_train.swap import swap
 
+swap.framework("transformers", "flashmoe_train.integrations.transformers")
+
 __version__ = "0.1.0"
-__all__ = ["attention", "moe", "nn", "swap"]
+__all__ = ["attention", "moe", "nn", "swap", "swap_sdpa"]

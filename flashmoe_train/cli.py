@@ -84,9 +84,25 @@ def doctor() -> None:
 
 
 @app.command()
+def swap_check(
+    model: Annotated[
+        str,
+        typer.Argument(help="A Transformers family (qwen3_moe), or a Python file that defines model() and inputs()."),
+    ],
+) -> None:
+    """Shows what `flashmoe_train.swap` makes of MODEL; compares outputs and gradients, ends with 1 if they differ."""
+    from flashmoe_train.swap_check import check
+
+    with usage_errors():
+        same = check(model, new_console())
+    raise SystemExit(0 if same else 1)
+
+
+@app.command()
 def bench(
     subject: Annotated[
-        str, typer.Argument(help="attention, moe, expert-parallel, train; or one bench, such as moe_parts.")
+        str,
+        typer.Argument(help="attention, moe, expert-parallel, transformers, train; or one bench, such as moe_parts."),
     ],
     cases: Annotated[
         str | None,

@@ -97,9 +97,9 @@ def _frameworks() -> Iterator[Finding]:
 
 # Tests hold the integrations to it.
 _LAYOUTS = (
-    "[b, s, h, d], [b, h, s, d] and [s, b, h, d] are read in place, so what flashmoe_train.nn, MultiheadAttention and "
-    f"TorchTitan pass; what has an address or a stride that is no multiple of {TMA_BYTES} bytes, or a stride of 0, is "
-    "copied first: flashmoe_train.ops.attention.copies(q, k, v) names it"
+    "[b, s, h, d], [b, h, s, d] and [s, b, h, d] are read in place, so what flashmoe_train.nn, MultiheadAttention, "
+    f"TorchTitan and Transformers pass; what has an address or a stride that is no multiple of {TMA_BYTES} bytes, or a "
+    "stride of 0, is copied first: flashmoe_train.ops.attention.copies(q, k, v) names it"
 )
 
 

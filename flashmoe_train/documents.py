@@ -4,6 +4,7 @@ In README.md and docs/ one of these marks begins what `<!-- end of table -->` en
 
     <!-- results: h200/moe_parts moe_combine * -->      a file of docs/results, then a pattern of case labels
     <!-- support -->                                    what runs each operator where
+    <!-- transformers -->                               what a swap does to each family of Transformers
     <!-- schemas -->                                    the operators' signatures
 
 and draws the loss curves of docs/results beside them.
@@ -23,7 +24,9 @@ from flashmoe_train.bench.variants.run import Measured, matrix, rate_unit
 from flashmoe_train.compare import draw
 
 ROOT = Path(__file__).parents[1]
-_BLOCK = re.compile(r"(<!-- (?:results: (\S+) (.+?)|support|schemas) -->\n).*?(<!-- end of table -->)", re.S)
+_BLOCK = re.compile(
+    r"(<!-- (?:results: (\S+) (.+?)|support|schemas|transformers) -->\n).*?(<!-- end of table -->)", re.S
+)
 
 
 def documents(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
@@ -39,13 +42,19 @@ def _content(root: Path, found: re.Match[str]) -> str:
         return _results(root, found[2], found[3])
     if "schemas" in found[1]:
         return "".join(f"- `{schema}`\n" for schema in _schemas())
-    heading, *lines = support.table()
+    heading, *lines = _transformers() if "transformers" in found[1] else support.table()
     return _lines([heading, ["---"] * len(heading), *lines])
 
 
 def _schemas() -> list[str]:
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("flashmoe::"))
     return sorted(str(getattr(torch.ops.flashmoe, name.split("::")[1]).default._schema) for name in names)
+
+
+def _transformers() -> Iterator[tuple[str, ...]]:
+    from flashmoe_train.integrations.transformers.small import table  # which imports Transformers
+
+    return table()
 
 
 def _lines(table: Iterable[Sequence[str]]) -> str:

@@ -6,20 +6,26 @@ parameters, their names, shapes, initialisation and hooks are untouched, so chec
     report = flashmoe_train.swap(model)     # every class that is registered
     print(report)
     report.revert()
+
+A framework whose modules ask for their implementation by name changes the name instead (`swap.framework`).
 """
 
+import importlib
 import io
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from flashmoe_train.errors import UsageError
+
+Choice = Literal["flashmoe", "stock"]
+Part = Literal["attention", "experts"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Swap:
     target: type[nn.Module]  # this class exactly: a subclass may compute something else
     replacement: type[nn.Module] | None  # a subclass of target; None where we have none
     why_not: Callable[[nn.Module], str | None] = lambda module: None  # a reason to leave this one alone
+    part: Part | None = None  # what `swap(model, attention="stock")` leaves alone
 
     def __post_init__(self) -> None:
         if self.replacement is not None and not issubclass(self.replacement, self.target):
@@ -46,11 +53,12 @@ class Row(NamedTuple):
 
 @dataclass
 class Report:
-    """What `swap_modules` did; printed as a table."""
+    """What a swap did; printed as a table."""
 
     rows: list[Row] = field(default_factory=list)
     planned: bool = False  # of a dry run: nothing was done
     _swapped: list[tuple[nn.Module, Swap]] = field(default_factory=list)
+    undo: list[Callable[[], None]] = field(default_factory=list)  # of what else a framework changed
 
     def summary(self) -> list[tuple[str, str, str, int]]:
         """(modules, from, to or why not, how many), modules that differ only in their numbers in one row."""
@@ -78,7 +86,12 @@ class Report:
     def __iadd__(self, other: "Report") -> "Report":
         self.rows += other.rows
         self._swapped += other._swapped
+        self.undo += other.undo
         return self
+
+    def nothing(self) -> bool:
+        """Whether no module was swapped, or would be."""
+        return all(row.became is None for row in self.rows)
 
     def revert(self) -> None:
         """Gives every module its own class back; nothing is swapped then.
@@ -91,6 +104,8 @@ class Report:
         while self._swapped:
             module, swap = self._swapped.pop()
             module.__class__ = swap.target
+        while self.undo:
+            self.undo.pop()()
         self.rows.clear()
 
 
@@ -100,6 +115,13 @@ def swap_modules(model: nn.Module, swaps: Sequence[Swap], *, optional: bool = Fa
     Raises UsageError if not a single module could be swapped: who asks for a swap must not train without it. A model
     that has no such modules at all, nor modules of classes derived from them, is accepted if the swap is `optional`.
     """
+    report = _apply(model, swaps, dry_run)
+    if report.nothing() and (report.rows or not optional):
+        raise _nothing_swapped(model, report, swaps)
+    return report
+
+
+def _apply(model: nn.Module, swaps: Sequence[Swap], dry_run: bool) -> Report:
     by_target = {swap.target: swap for swap in swaps}
     report = Report(planned=dry_run)
     for name, module in model.named_modules():
@@ -118,11 +140,13 @@ def swap_modules(model: nn.Module, swaps: Sequence[Swap], *, optional: bool = Fa
             report.rows.append(Row(name, swap.target.__name__, swap.replacement.__name__, ""))
         else:
             report.rows.append(Row(name, swap.target.__name__, None, reason or "no replacement"))
-    if all(row.became is None for row in report.rows) and (report.rows or not optional):
-        looked_for = ", ".join(sorted(target.__name__ for target in by_target))
-        left = "; ".join(sorted({f"{row.found}: {row.reason}" for row in report.rows}))
-        raise UsageError(f"nothing was swapped in {type(model).__name__}: {left or f'it has no {looked_for}'}")
     return report
+
+
+def _nothing_swapped(model: nn.Module, report: Report, swaps: Sequence[Swap]) -> UsageError:
+    looked_for = ", ".join(sorted(swap.target.__name__ for swap in swaps))
+    left = "; ".join(sorted({f"{row.found}: {row.reason}" for row in report.rows}))
+    return UsageError(f"nothing was swapped in {type(model).__name__}: {left or f'it has no {looked_for}'}")
 
 
 Replacement = TypeVar("Replacement", bound=type[nn.Module])
@@ -133,29 +157,56 @@ class _Registered:
 
     def __init__(self) -> None:
         self._swaps: dict[type[nn.Module], Swap] = {}
+        self._frameworks: dict[str, str] = {}
 
-    def __call__(self, model: nn.Module, *, dry_run: bool = False) -> Report:
-        """Gives every module of `model` whose class is registered the class that replaces it, in place.
+    def __call__(
+        self, model: nn.Module, *, attention: Choice = "flashmoe", experts: Choice = "flashmoe", dry_run: bool = False
+    ) -> Report:
+        """Swaps, in place, every module of `model` that has a registered replacement: classes that were registered,
+        PyTorch's own, and the attention and experts of Transformers' models.
 
-        Call it before FSDP, `torch.compile` or anything else that wraps modules. A `dry_run` changes nothing. Returns
-        what was swapped to what, and what was left alone and why; `print` shows it, `revert()` undoes it.
-        Raises UsageError if nothing could be swapped.
+        Call it before FSDP, `torch.compile` or anything else that wraps modules. `attention="stock"` leaves attention
+        alone, `experts="stock"` experts. A `dry_run` changes nothing. Returns what was swapped to what, and what was
+        left alone and why; `print` shows it, `revert()` undoes it.
+        Raises UsageError if nothing could be swapped (not of a dry run, whose report says so), or for a wrong choice.
         """
-        return swap_modules(model, list(self._swaps.values()), dry_run=dry_run)
+        wanted = {"attention": attention, "experts": experts}
+        for part, choice in wanted.items():
+            if choice not in get_args(Choice):
+                raise UsageError(f"{part} must be one of {', '.join(map(repr, get_args(Choice)))}, found {choice!r}")
+        parts = {part for part in get_args(Part) if wanted[part] == "flashmoe"}
+        swaps = [swap for swap in self._swaps.values() if swap.part is None or swap.part in parts]
+        report = _apply(model, swaps, dry_run)
+        packages = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
+        for package, module in self._frameworks.items():
+            if package in packages:
+                report += importlib.import_module(module).swap_model(model, parts, dry_run)
+        if report.nothing() and not dry_run:
+            raise _nothing_swapped(model, report, swaps)
+        return report
 
     def register(
-        self, target: type[nn.Module], why_not: Callable[[nn.Module], str | None] = lambda module: None
+        self,
+        target: type[nn.Module],
+        why_not: Callable[[nn.Module], str | None] = lambda module: None,
+        part: Part | None = None,
     ) -> Callable[[Replacement], Replacement]:
-        """Decorates a subclass of `target` that takes its place; `why_not` gives a reason to leave a module alone.
+        """Decorates a subclass of `target` that takes its place; `why_not` gives a reason to leave a module alone,
+        `part` says whether it is attention or experts, for callers of `swap` that want but one of them.
 
         Raises TypeError if the class is no subclass: then names and shapes of its parameters could differ.
         """
 
         def decorate(replacement: Replacement) -> Replacement:
-            self._swaps[target] = Swap(target, replacement, why_not)
+            self._swaps[target] = Swap(target, replacement, why_not, part)
             return replacement
 
         return decorate
+
+    def framework(self, package: str, module: str) -> None:
+        """Has `swap_model(model, parts, dry_run) -> Report` of `module`, which is imported then, swap models that have
+        modules of classes from `package`."""
+        self._frameworks[package] = module
 
 
 swap = _Registered()

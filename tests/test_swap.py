@@ -132,3 +132,18 @@ def test_a_class_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [type(m) for m in net] == [Mine, Mine, nn.Linear] and "nothing" in str(report)
     with pytest.raises(TypeError, match="ReLU must be a subclass of Mine"):
         flashmoe_train.swap.register(Mine)(nn.ReLU)
+
+
+def test_parts() -> None:
+    """A class says what it is; `swap` is told what to leave alone."""
+    net = nn.Sequential(nn.MultiheadAttention(4, 2))
+    with pytest.raises(UsageError, match="nothing was swapped in Sequential"):
+        flashmoe_train.swap(net, attention="stock")
+    assert flashmoe_train.swap(net, experts="stock").rows[0].became == "FlashMoEMultiheadAttention"
+    with pytest.raises(UsageError, match="experts must be one of 'flashmoe', 'stock', found 'no'"):
+        flashmoe_train.swap(net, experts="no")  # type: ignore[arg-type]
+
+
+def test_a_dry_run_of_nothing_is_a_report() -> None:
+    report = flashmoe_train.swap(nn.Sequential(nn.ReLU()), dry_run=True)
+    assert report.nothing() and "nothing" in str(report)

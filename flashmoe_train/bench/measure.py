@@ -82,7 +82,7 @@ class OperatorBench(Bench):
         row = Row(case=case.as_json(), label=case.label)
         try:
             _fill(self, case, stopwatch, row)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, Unavailable) as error:
             row.skipped[EVERYBODY] = reason(error)  # its inputs, its reference or all of it at once
         free()
         return row

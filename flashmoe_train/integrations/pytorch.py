@@ -1,18 +1,20 @@
-"""PyTorch's own modules, for `flashmoe_train.swap`: `torch.nn.MultiheadAttention`.
+"""PyTorch's own modules, for `flashmoe_train.swap`: `torch.nn.MultiheadAttention`, and those that hold it.
 
-Inside `torch.nn.TransformerEncoderLayer` and `TransformerDecoderLayer` too, while they train: in `eval()` without
-gradients the encoder layer runs a kernel of PyTorch that reads the weights itself.
+`torch.nn.TransformerDecoderLayer` calls its attention and needs nothing else. `TransformerEncoderLayer` does so while
+it trains; in `eval()` without gradients it would run a kernel of PyTorch that reads the weights itself, so it is
+swapped too.
 
 Shape legend: B batch, S queries, T keys, E embedding dim, H heads, D = E / H.
 """
 
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashmoe_train.ops.attention import attention
+from flashmoe_train.integrations.sdpa import Visible, attend, seen
 from flashmoe_train.swap import swap
 
 
@@ -32,10 +34,11 @@ def _why_not(module: nn.Module) -> str | None:
     return None
 
 
-@swap.register(nn.MultiheadAttention, _why_not)
+@swap.register(nn.MultiheadAttention, _why_not, part="attention")
 class FlashMoEMultiheadAttention(nn.MultiheadAttention):
-    """Full and causal attention by `flashmoe_train.attention`; calls that it cannot express go to PyTorch, with a
-    warning that says why: those that ask for the weights (`need_weights`, PyTorch's default!) and other masks."""
+    """Full and causal attention by `flashmoe_train.attention`, and masks that it can express (see
+    `flashmoe_train.swap_sdpa`). Other calls go to PyTorch, with a warning that says why: those that ask for the weights
+    (`need_weights`, PyTorch's default!) and other masks."""
 
     def forward(
         self,
@@ -56,16 +59,19 @@ class FlashMoEMultiheadAttention(nn.MultiheadAttention):
         if ranks not in ({2}, {3}) or query.shape[-1] != self.embed_dim or (is_causal and attn_mask is None):
             return super().forward(query, key, value, is_causal=is_causal)  # which says what is wrong
         reason = None
+        visible = Visible((None, 0) if is_causal else (None, None))
         if query.is_nested:
             reason = "nested tensors have no shape"
         elif self.training and self.dropout:
             reason = "dropout was switched on after the swap"
         elif need_weights:
             reason = "need_weights=True asks for the attention weights, which it never holds"
-        elif key_padding_mask is not None:
-            reason = "key_padding_mask is no band"
-        elif attn_mask is not None and not is_causal:
-            reason = "attn_mask may be any mask; is_causal=True says that it is the causal one"
+        elif attn_mask is not None and key_padding_mask is not None:
+            reason = "attn_mask and key_padding_mask together are neither a band nor documents"
+        elif key_padding_mask is not None or (attn_mask is not None and not is_causal):
+            sizes = (query.shape[batch] if batched else 1, query.shape[length], key.shape[length])
+            found = _visible(attn_mask, key_padding_mask, *sizes)
+            reason, visible = (found, visible) if isinstance(found, str) else (None, found)
         elif is_causal and query.shape[length] != key.shape[length]:
             reason = "is_causal with as many queries as keys alone means the same to both"
         if reason is not None:
@@ -76,7 +82,7 @@ class FlashMoEMultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value)
         q, k, v = (x if batched else x.unsqueeze(batch) for x in (q, k, v))
         q, k, v = (x.transpose(0, batch).unflatten(2, (self.num_heads, self.head_dim)) for x in (q, k, v))
-        out = attention(q, k, v, causal=is_causal).flatten(2).transpose(0, batch)  # inside: [B, S, H, D]
+        out = attend(q, k, v, visible).flatten(2).transpose(0, batch)  # inside: [B, S, H, D]
         return self.out_proj(out if batched else out.squeeze(batch)), None
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -89,3 +95,47 @@ class FlashMoEMultiheadAttention(nn.MultiheadAttention):
         else:
             weights = self.in_proj_weight.chunk(3)
         return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+
+
+def _visible(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, queries: int, keys: int
+) -> Visible | str:
+    """What one of the masks, which are True where nothing is seen, lets be seen."""
+    if attn_mask is not None:
+        mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, -1))
+        return seen(mask, batch, queries, keys, of=attn_mask, hides=True)
+    assert key_padding_mask is not None
+    mask = key_padding_mask.view(batch, 1, 1, keys)
+    return seen(mask, batch, queries, keys, of=key_padding_mask, hides=True)
+
+
+def _layer_why_not(module: nn.Module) -> str | None:
+    assert isinstance(module, nn.TransformerEncoderLayer)
+    if type(module.self_attn) not in (nn.MultiheadAttention, FlashMoEMultiheadAttention):
+        return f"its attention is a {type(module.self_attn).__name__}"
+    reason = _why_not(module.self_attn)
+    return reason and f"its attention is left alone: {reason}"
+
+
+@swap.register(nn.TransformerEncoderLayer, _layer_why_not, part="attention")
+class FlashMoETransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """Always calls its attention, whatever PyTorch would do in inference: on a nested tensor still that, which
+    `torch.nn.TransformerEncoder` makes of padding there, with a warning."""
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """As `torch.nn.TransformerEncoderLayer.forward`."""
+        if src.is_nested:
+            _warn("nested tensors have no shape")
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        attend = partial(self._sa_block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
+        if self.norm_first:
+            src = src + attend(self.norm1(src))
+            return src + self._ff_block(self.norm2(src))
+        src = self.norm1(src + attend(src))
+        return self.norm2(src + self._ff_block(src))

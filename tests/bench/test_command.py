@@ -59,6 +59,7 @@ def check_results(path: Path, command: str) -> Results:
                 "moe_parts": {"eager", "torch_sort", "gather", "index_add", "copy"},
             },
         ),
+        ("transformers", {"moe_transformers": {"grouped_mm", "eager_loop"}}),
     ],
 )
 def test_tiny_cases(subject: str, baselines: dict[str, set[str]], tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_gate_finds_files_of_this_machine(tmp_path: Path) -> None:
     [
         (("attentoin",), "did you mean 'attention'"),
         (("moe-partz",), "did you mean 'moe_parts'"),
-        (("xyz",), "there are attention, moe, expert-parallel, train, attention_forward"),
+        (("xyz",), "there are attention, moe, expert-parallel, transformers, train, attention"),
         (("attention", "--cases", "*nothing*"), "full d64 s1k b16 h32"),
         (("moe", "--json", "x.json"), "one file for 3 benches"),
         (("moe", "--plot", "x.png"), "one file for 3 benches"),

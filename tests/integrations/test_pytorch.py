@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import flashmoe_train
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations import sdpa
 from flashmoe_train.integrations.pytorch import FlashMoEMultiheadAttention
 
 from ..ops.operators import Copied
@@ -73,12 +74,39 @@ def test_causal_attention() -> None:
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", ["window", "heads", "padding"])
+def test_masks_that_can_be_expressed(kind: str, batch_first: bool, additive: bool) -> None:
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(DIM, 2, batch_first=batch_first)
+    q, k, v = (torch.randn(2, LENGTH, DIM).transpose(0, 1 - batch_first).requires_grad_() for _ in range(3))
+    distance = torch.arange(LENGTH) - torch.arange(LENGTH)[:, None]
+    hidden = (distance > 0) | (distance < -2)
+    if kind == "heads":
+        hidden = hidden.repeat(4, 1, 1)  # [batch · heads, S, T]
+    elif kind == "padding":
+        hidden = torch.arange(LENGTH) > torch.tensor([[3], [5]])
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf) if additive else hidden
+    name = "key_padding_mask" if kind == "padding" else "attn_mask"
+    for stock, ours in zip(*both(module, q, k, v, **{name: mask}), strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "options, reason",
     [
         ({}, "need_weights=True asks for the attention weights"),
-        ({"need_weights": False, "key_padding_mask": torch.arange(9)[None] > 6}, "key_padding_mask is no band"),
-        ({"need_weights": False, "attn_mask": torch.eye(LENGTH, 9) > 0}, "attn_mask may be any mask"),
+        ({"need_weights": False, "key_padding_mask": torch.arange(9)[None] % 3 == 1}, "no padding of keys"),
+        ({"need_weights": False, "attn_mask": torch.eye(LENGTH, 9) > 0}, "attn_mask is no band"),
+        (
+            {
+                "need_weights": False,
+                "attn_mask": torch.ones(LENGTH, 9) < 0,
+                "key_padding_mask": torch.arange(9)[None] > 6,
+            },
+            "attn_mask and key_padding_mask together",
+        ),
         (
             {"need_weights": False, "attn_mask": torch.ones(LENGTH, 9).triu(1) > 0, "is_causal": True},
             "as many queries as keys",
@@ -132,7 +160,10 @@ def test_transformer_encoder_trains_the_same() -> None:
     stock, swapped = nn.TransformerEncoder(layer, 2), nn.TransformerEncoder(layer, 2)
     swapped.load_state_dict(stock.state_dict())
     report = flashmoe_train.swap(swapped)
-    assert report.summary() == [("layers.*.self_attn", "MultiheadAttention", "FlashMoEMultiheadAttention", 2)]
+    assert report.summary() == [
+        ("layers.*", "TransformerEncoderLayer", "FlashMoETransformerEncoderLayer", 2),
+        ("layers.*.self_attn", "MultiheadAttention", "FlashMoEMultiheadAttention", 2),
+    ]
     assert "layers.*.self_attn" in str(report)
     mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
     for model in (stock, swapped):
@@ -144,6 +175,94 @@ def test_transformer_encoder_trains_the_same() -> None:
             optimizer.zero_grad()
     for name, want in stock.state_dict().items():
         torch.testing.assert_close(swapped.state_dict()[name], want, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What our operator was called with."""
+    found: list[dict] = []
+    stock = sdpa.attention
+
+    def spy(*tensors: Tensor, **options: object) -> Tensor:
+        found.append(options)
+        return stock(*tensors, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sdpa, "attention", spy)
+    return found
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_encoder_layer_in_inference(causal: bool, grad: bool, norm_first: bool, calls: list[dict]) -> None:
+    """Where PyTorch's own layer, without gradients, would not call its attention."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(DIM, 2, 48, batch_first=True, norm_first=norm_first, dropout=0.0).eval()
+    x = torch.randn(2, LENGTH, DIM)
+    mask = nn.Transformer.generate_square_subsequent_mask(LENGTH) if causal else None
+    with torch.set_grad_enabled(grad):
+        wanted = layer(x, mask, is_causal=causal)
+        flashmoe_train.swap(layer)
+        found = layer(x, mask, is_causal=causal)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert [call["window"] for call in calls] == [(None, 0) if causal else (None, None)]
+
+
+def test_padding_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all layers of an encoder, until another batch brings another."""
+    analysed, stock = [], sdpa.analyse
+    monkeypatch.setattr(sdpa, "analyse", lambda *arguments: (analysed.append(1), stock(*arguments))[1])
+    layer = nn.TransformerEncoderLayer(DIM, 2, 48, batch_first=True, dropout=0.0)
+    model, x = nn.ModuleList(nn.TransformerEncoder(layer, 1).layers[0] for _ in range(3)), torch.randn(2, LENGTH, DIM)
+    wanted, padding = x, torch.zeros(2, LENGTH) > 0
+    padding[0, 4:] = True
+    for layer in model:
+        wanted = layer(wanted, src_key_padding_mask=padding)
+    flashmoe_train.swap(model)
+    for layer in model:
+        x = layer(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(x, wanted, rtol=1e-4, atol=1e-5)
+    assert len(analysed) == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_decoder(training: bool, calls: list[dict]) -> None:
+    """Causal attention over itself and full attention over the memory, outputs and gradients."""
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(DIM, 2, 48, batch_first=True, dropout=0.0)
+    model = nn.TransformerDecoder(layer, 2).train(training)
+    x, memory = torch.randn(2, LENGTH, DIM, requires_grad=True), torch.randn(2, 9, DIM, requires_grad=True)
+    mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
+    found = []
+    for swapped in (False, True):
+        if swapped:
+            report = flashmoe_train.swap(model)
+            assert [row[0] for row in report.summary()] == ["layers.*.self_attn", "layers.*.multihead_attn"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out = model(x, memory, tgt_mask=mask)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, memory, *model.parameters()])])
+    assert [call["window"] for call in calls] == [(None, 0), (None, None)] * 2
+    for stock, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+
+
+def test_nested_tensors_go_to_pytorch() -> None:
+    """What TransformerEncoder makes of padding in inference."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(DIM, 2, 48, dropout=0.0, batch_first=True)
+    model, x, padding = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, LENGTH, DIM), torch.zeros(2, LENGTH) > 0
+    padding[0, 4:] = True
+    with torch.no_grad():
+        wanted = model(x, src_key_padding_mask=padding)
+        flashmoe_train.swap(model)
+        with pytest.warns(UserWarning, match="computed by PyTorch: nested tensors have no shape"):
+            torch.testing.assert_close(model(x, src_key_padding_mask=padding), wanted)
+
+
+def test_encoder_layer_follows_its_attention() -> None:
+    report = flashmoe_train.swap(nn.TransformerEncoderLayer(DIM, 2, 48, dropout=0.1), dry_run=True)
+    assert report.nothing() and report.rows[0].reason.startswith("its attention is left alone: its attention dropout")
 
 
 @pytest.mark.parametrize(
