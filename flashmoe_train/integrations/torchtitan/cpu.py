@@ -81,9 +81,7 @@ def _gloo() -> None:
     dist.barrier = barrier_without_devices
 
     # The exchange of 0.3.x's expert parallelism sends lists of tensors; gloo's takes none that differ in size.
-    def all_to_all(
-        outputs: list[torch.Tensor], inputs: list[torch.Tensor], group: Any = None, async_op: bool = False
-    ) -> None:
+    def all_to_all(outputs: Any, inputs: Any, group: Any = None, async_op: bool = False) -> None:
         assert not async_op
         received, sent = ([len(x) for x in tensors] for tensors in (outputs, inputs))
         whole = torch.cat(outputs)
@@ -91,7 +89,7 @@ def _gloo() -> None:
         for output, part in zip(outputs, whole.split(received), strict=True):
             output.copy_(part)
 
-    dist.all_to_all = all_to_all
+    dist.all_to_all = all_to_all  # type: ignore[assignment]
 
     # FSDP with a gradient_divide_factor asks for a pre-multiplied sum, which gloo does not have.
     from torch.distributed.fsdp import FSDPModule

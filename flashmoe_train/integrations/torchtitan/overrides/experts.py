@@ -13,7 +13,7 @@ from torch import Tensor
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 
 from flashmoe_train.integrations.torchtitan.core import routed_experts
-from flashmoe_train.integrations.torchtitan.overrides.spmd import like, untyped
+from flashmoe_train.integrations.torchtitan.overrides.spmd import product, untyped
 
 
 class FlashMoEExperts(GroupedExperts):
@@ -26,7 +26,7 @@ class FlashMoEExperts(GroupedExperts):
     def forward(self, x: Tensor, routing: Tensor, weights: Tensor | None = None) -> Tensor:
         with untyped():
             out = routed_experts(x, self.w1_EFD, self.w2_EDF, self.w3_EFD, routing, weights)
-        return like(out, x)
+        return product(out, x, self.w1_EFD)  # tensor parallelism cuts the hidden dim
 
 
 class FlashMoERoutedExperts(RoutedExperts):
@@ -46,4 +46,4 @@ class FlashMoERoutedExperts(RoutedExperts):
         if getattr(self.token_dispatcher, "ep_mesh", None) is not None:
             return super().forward(x_BLD, topk_scores_BLK, topk_expert_ids_BLK, num_local_tokens_per_expert_E)
         scores_TK, ids_TK = (x.flatten(0, 1) for x in (topk_scores_BLK, topk_expert_ids_BLK))
-        return self.inner_experts(x_BLD.flatten(0, 1), ids_TK, scores_TK.float()).view_as(x_BLD)
+        return self.inner_experts(x_BLD.flatten(0, 1), ids_TK, scores_TK.float()).view(x_BLD.shape)

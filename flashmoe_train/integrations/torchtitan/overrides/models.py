@@ -80,6 +80,12 @@ def sizes(found: ModelSpec) -> Sizes:
     )
 
 
+def heads(adapter: Any) -> tuple[int, int]:
+    """Query and key/value heads of the model whose weights an adapter renames."""
+    attention = adapter.model_config.first_attention
+    return attention.n_heads, getattr(attention, "n_kv_heads", None) or attention.n_heads
+
+
 def plain_below_original_length(config: Any, seq_len: int) -> None:
     """YaRN begins beyond the original length (`schema.YarnScaling`); this TorchTitan's would at any."""
     for _, rope, _, _ in config.traverse(RoPE.Config):

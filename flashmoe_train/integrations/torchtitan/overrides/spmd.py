@@ -26,3 +26,15 @@ def like(x: Tensor, other: Tensor) -> Tensor:
     if checking():
         spmd_types.assert_type(x, spmd_types.get_local_type(other), get_partition_spec(other))
     return x
+
+
+def product(x: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+    """Declares x as `like` does, but as a partial sum over the processes that have all of `other` and a part each of the
+    dimension of `weight` that it was summed over."""
+    if checking():
+        types = dict(spmd_types.get_local_type(other))
+        for axis, held in spmd_types.get_local_type(weight).items():
+            if types.get(axis) is spmd_types.R and held is spmd_types.V:
+                types[axis] = spmd_types.P
+        spmd_types.assert_type(x, types, get_partition_spec(other))
+    return x
