@@ -29,8 +29,8 @@ def like(x: Tensor, other: Tensor) -> Tensor:
 
 
 def product(x: Tensor, other: Tensor, weight: Tensor) -> Tensor:
-    """Declares x as `like` does, but as a partial sum over the processes that have all of `other` and a part each of the
-    dimension of `weight` that it was summed over."""
+    """Declares x as `like` does, but as a partial sum over the processes that all have `other` and a part each of the
+    dimension of `weight` that was summed over."""
     if checking():
         types = dict(spmd_types.get_local_type(other))
         for axis, held in spmd_types.get_local_type(weight).items():
