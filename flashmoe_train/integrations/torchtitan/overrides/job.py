@@ -192,8 +192,9 @@ def _place(config: Any, place: str) -> tuple[Any, str]:
 
 def _set(config: Trainer.Config, place: str, value: Any) -> None:
     owner, field = _place(config, place)
-    if owner is None:  # checkpointing that is switched off has no settings
-        return
+    if not hasattr(owner, field):  # a setting of another kind of checkpointing than the one that is chosen
+        table = place.rpartition(".")[0]
+        raise UsageError(f"[{table}] {field} = {value!r} has no effect on the mode that is chosen; leave it out")
     setattr(owner, field, value)
 
 

@@ -43,12 +43,9 @@ def spec(name: str, flavor: str) -> ModelSpec:
     if name not in _supported_models:
         raise UsageError(f"[model] name = {name!r} is not a model; {nearest(name, sorted(_supported_models))}")
     module = importlib.import_module(f"torchtitan.models.{name}")
-    known("[model] flavor", flavor, getattr(module, f"{name.replace('_', '')}_configs", None) or _flavors(module))
+    flavors = next(value for key, value in vars(module).items() if key.endswith("_configs") and isinstance(value, dict))
+    known("[model] flavor", flavor, flavors)
     return module.model_registry(flavor)
-
-
-def _flavors(module: Any) -> dict[str, Any]:
-    return next(value for key, value in vars(module).items() if key.endswith("_configs") and isinstance(value, dict))
 
 
 def whole_sequences(name: str, flavor: str) -> bool:

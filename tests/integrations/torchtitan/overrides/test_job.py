@@ -87,6 +87,10 @@ def test_what_a_recipe_does_not_say_is_torchtitans_default(tmp_path: Path) -> No
         ("torchtitan.model.converters=['float8']", r"converters = \['float8'\]: torchtitan 0\.3.* has none"),
         ("torchtitan.parallelism.spmd_backend=x", r"\[torchtitan.parallelism\] spmd_backend = 'x': .*partial_dtensor"),
         ("torchtitan.checkpoint.keep_latest_k=1", r"torchtitan: We need to maintain at least 2"),
+        (
+            "torchtitan.activation_checkpoint.force_recompute_mm_shapes_by_fqns=['a']",
+            r"\[activation_checkpoint\] force_recompute_mm_shapes_by_fqns = \['a'\] has no effect on the mode",
+        ),
         ("parallel.tensor=3", r"tensor_parallel_degree 3: .* \(said by \[parallel\] tensor\)"),
         ("parallel.context=2", r"needs a multiple of 2 processes, found 1 \(said by \[parallel\] context\)"),
         ("swap.attention=stock", r"stock attention of torchtitan 0\.3.* cannot train on a CPU"),
