@@ -54,12 +54,18 @@ def _alone(name: str, root: Path) -> None:
     (root / "alone.json").write_text(json.dumps(found))
 
 
-@pytest.fixture(scope="module", params=MODELS)
+_alone_once: dict[str, tuple[str, Path, dict]] = {}  # pytest would make a fixture again for every layout
+
+
+@pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict]:
-    root = tmp_path_factory.mktemp(request.param)
-    texts(root / "texts.jsonl")
-    processes.run(_alone, request.param, root, processes=1)
-    return request.param, root, json.loads((root / "alone.json").read_text())
+    name = request.param
+    if name not in _alone_once:
+        root = tmp_path_factory.mktemp(name)
+        texts(root / "texts.jsonl")
+        processes.run(_alone, name, root, processes=1)
+        _alone_once[name] = name, root, json.loads((root / "alone.json").read_text())
+    return _alone_once[name]
 
 
 def test_learns(model: tuple[str, Path, dict]) -> None:
