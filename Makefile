@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: train test test-all lint kernels self-test facts clean
+.PHONY: train test test-all test-titan03 lint kernels self-test facts clean
 
 train: kernels
 	$(BIN)/flashmoe train quickstart $(ARGS)
@@ -16,8 +16,19 @@ SELF_TEST := $(if $(wildcard /dev/nvidia0),$(if $(or $(CUDACXX),$(shell command 
 test: kernels $(SELF_TEST)
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
-test-all: kernels $(SELF_TEST)
+test-all: kernels $(SELF_TEST) test-titan03
 	$(BIN)/pytest $(ARGS)
+
+# TorchTitan 0.3 and the torch it needs, in an environment of their own. The sources are used as they stand, with the
+# CUDA library if it is there.
+TITAN03 := .venv-titan03
+test-titan03: $(TITAN03)/installed
+	$(TITAN03)/bin/python -m pytest tests/integrations/torchtitan $(ARGS)
+
+$(TITAN03)/installed: requirements-titan03.txt
+	$(PYTHON) -m venv $(TITAN03)
+	$(TITAN03)/bin/pip install --quiet --requirement requirements-titan03.txt
+	@touch $@
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -52,4 +63,4 @@ facts: kernels
 	cmake --build build --parallel --target flashmoe_hopper_throughput flashmoe_hopper_races
 
 clean:
-	rm -rf .venv build dist outputs $(LIBRARY)
+	rm -rf .venv $(TITAN03) build dist outputs $(LIBRARY)

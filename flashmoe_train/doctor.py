@@ -81,16 +81,18 @@ def _frameworks() -> Iterator[Finding]:
             continue
         version, torch_version = importlib.metadata.version(framework), Version(torch.__version__)
         pair = f"{version} with torch {torch_version.major}.{torch_version.minor}"
-        pairs = [(e["version"], Version(e["torch"]).release[:2]) for e in versions.tested(framework)]
-        if (version, torch_version.release[:2]) in pairs:
+        torches = [Version(e["torch"]) for e in versions.tested(framework) if e["version"] == version]
+        if any(torch_version.release[:2] == one.release[:2] for one in torches):
             yield Finding("ok", framework, f"{pair}: tested")
-        elif version in {v for v, _ in pairs}:
+        elif torches and torch_version < min(torches):
+            yield Finding("problem", framework, f"{version} needs torch {min(torches)} or later (tested: {tested})")
+        elif torches:
             yield Finding(
                 "note", framework, f"{version} is not tested with torch {torch.__version__} (tested: {tested})"
             )
         else:
             yield Finding("problem", framework, f"{version} is not supported (tested: {tested})")
-        for entry in versions.broken(framework, torch_version):
+        for entry in versions.broken(framework, torch_version, version):
             what = " + ".join(entry["features"])
             yield Finding("note", framework, f"{what} is refused: {entry['why']}. {entry['instead']}")
 

@@ -20,12 +20,15 @@ def tested(framework: str | None = None) -> list[dict[str, Any]]:
     return [entry for entry in _load()["tested"] if framework in (None, entry["framework"])]
 
 
-def broken(framework: str, torch: Version) -> list[dict[str, Any]]:
-    """Feature combinations that the framework's own code is known not to run with this torch."""
+def broken(framework: str, torch: Version, version: str | None = None) -> list[dict[str, Any]]:
+    """Feature combinations that the framework's own code, of that version or of any, is known not to run with this
+    torch."""
     return [
         entry
         for entry in _load().get("broken", [])
-        if entry["framework"] == framework and torch.release[:2] == Version(entry["torch"]).release[:2]
+        if entry["framework"] == framework
+        and version in (None, entry["version"])
+        and torch.release[:2] == Version(entry["torch"]).release[:2]
     ]
 
 

@@ -36,7 +36,10 @@ def test_a_missing_framework_is_a_problem_with_its_remedy(
         ("0.2.2", "2.13.0+cpu", "ok"),
         ("0.2.2", "2.11.0", "ok"),
         ("0.2.2", "2.12.1", "note"),
+        ("0.3.0", "2.14.1", "ok"),
+        ("0.3.0", "2.15.0", "note"),
         ("0.3.0", "2.13.0", "problem"),
+        ("0.4.0", "2.14.1", "problem"),
     ],
 )
 def test_versions(version: str, torch_version: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +51,13 @@ def test_versions(version: str, torch_version: str, state: str, monkeypatch: pyt
 def test_broken_pairs_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.13.0")
     assert any("expert parallelism + selective op checkpointing is refused" in f.text for f in found("torchtitan"))
+
+
+def test_a_generation_is_not_told_of_the_others_broken_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.0")
+    (finding,) = found("torchtitan")
+    assert finding.text.startswith("0.3.0 needs torch 2.14 or later (tested: ")
 
 
 def test_a_missing_library_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -16,8 +17,9 @@ def test_readme_shows_the_table() -> None:
     assert versions.table() in (ROOT / "README.md").read_text()
 
 
-def test_constraints_are_a_tested_combination() -> None:
-    pinned = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+@pytest.mark.parametrize("file", ["constraints.txt", "requirements-titan03.txt"])
+def test_environments_are_tested_combinations(file: str) -> None:
+    pinned = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / file).read_text(), re.M))
     pair = {"torch": ".".join(pinned["torch"].split(".")[:2]), "version": pinned["torchtitan"]}
     assert any(pair.items() <= entry.items() for entry in versions.tested("torchtitan"))
 
@@ -33,3 +35,8 @@ def test_extra_admits_every_tested_version() -> None:
 def test_broken_combinations_belong_to_one_torch() -> None:
     assert versions.broken("torchtitan", Version("2.13.0+cpu"))
     assert not versions.broken("torchtitan", Version("2.11.0"))
+
+
+def test_broken_combinations_belong_to_one_version_of_the_framework() -> None:
+    assert versions.broken("torchtitan", Version("2.13.0"), "0.2.2")
+    assert not versions.broken("torchtitan", Version("2.13.0"), "0.3.0")

@@ -61,9 +61,12 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if x.dtype != torch.float64 and _autocasts(device) else x.dtype
 
 
+# Others ("meta") have no autocast to ask about. Not asked when it is needed: torch.compile of 2.11 cannot trace that.
+_WITH_AUTOCAST = frozenset(name for name in ("cpu", "cuda") if torch.amp.is_autocast_available(name))
+
+
 def _autocasts(device_type: str) -> bool:
-    """Whether autocast is on; some device types ("meta") have none to ask about."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

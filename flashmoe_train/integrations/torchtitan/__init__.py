@@ -1,19 +1,22 @@
-"""TorchTitan 0.2.x. Importing this package, by `[job] custom_config_module` or `[experimental] custom_import`, adds
+"""TorchTitan. Importing this package registers what the installed generation of it can be extended by:
 
-- the model converter "flashmoe" and the `[flashmoe]` table that says what it swaps,
-- the data sets "torch_sources" and "torch_sources_heldout".
+- 0.2.x, by `[job] custom_config_module` or `[experimental] custom_import`: the model converter "flashmoe" and the
+  `[flashmoe]` table that says what it swaps (`converters`);
+- 0.3.x, by `--override.imports`: the overrides of `overrides`, and the registry that reads recipes;
+- both: the data sets "torch_sources" and "torch_sources_heldout".
 
 Nothing else of TorchTitan changes; `runner` starts it for `flashmoe train`.
 """
 
-from flashmoe_train.integrations.torchtitan import compat, cpu
+import importlib
 
-cpu.apply()  # before anything imports torchtitan, as the next line does
-compat.check_installed()
+from flashmoe_train.integrations.torchtitan import cpu, generation
 
-from flashmoe_train.integrations.torchtitan import converter, datasets  # noqa: E402, F401  (they register themselves)
+cpu.apply()  # before anything imports torchtitan, as the next lines do
+
+from flashmoe_train.integrations.torchtitan import datasets  # noqa: E402, F401  (registers itself)
 from flashmoe_train.integrations.torchtitan.config import JobConfig  # noqa: E402
 
-cpu.adjust_torchtitan()
+importlib.import_module(f"{__name__}.{generation.name()}")
 
 __all__ = ["JobConfig"]

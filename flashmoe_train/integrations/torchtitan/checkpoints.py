@@ -1,6 +1,6 @@
 """Checkpoints under a recipe: TorchTitan's own manager, and what keeps a run from losing one.
 
-A run resumes from the newest complete checkpoint in its folder. What TorchTitan 0.2.2 leaves open is closed here:
+A run resumes from the newest complete checkpoint in its folder. What TorchTitan leaves open is closed here:
 
 - a checkpoint that a killed run has left half written is removed, not counted among those to keep, and not taken as the
   reason to forget the weights that the run was to start from;
@@ -24,6 +24,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torchtitan.components.checkpoint import MODEL, OPTIMIZER, AsyncMode, CheckpointManager
 
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.torchtitan import generation
+
+models = generation.part("models")
 
 # Hugging Face's files of a model may lack these: a model that was trained without them has them at zero.
 _OPTIONAL = ("e_score_correction_bias",)
@@ -117,16 +120,15 @@ class Checkpoints(CheckpointManager):
         """Gathers the query and key projections whose heads are cut: TorchTitan's adapter reorders the rows of a head,
         and where a process has only some of them, DTensor's view comes out wrong (llama3 on more processes than heads).
         """
-        heads = {"wq.weight": "n_heads", "wk.weight": "n_kv_heads"}
+        heads = dict(zip(("wq.weight", "wk.weight"), models.heads(self.sd_adapter), strict=True))
         whole = dict(weights)
         for name, tensor in weights.items():
-            key = next((key for end, key in heads.items() if name.endswith(end)), None)
-            if key is not None and isinstance(tensor, DTensor):
-                arguments = self.sd_adapter.model_args  # type: ignore[union-attr]
+            count = next((count for end, count in heads.items() if name.endswith(end)), None)
+            if count is not None and isinstance(tensor, DTensor):
                 cuts = [
                     size for size, p in zip(tensor.device_mesh.shape, tensor.placements, strict=True) if p == Shard(0)
                 ]
-                if (getattr(arguments, key, None) or arguments.n_heads) % math.prod(cuts):
+                if count % math.prod(cuts):
                     whole[name] = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
         return whole
 

@@ -1,4 +1,4 @@
-"""TorchTitan 0.2.2 on a machine without a CUDA GPU: what it expects of `torch.cuda` and NCCL, given by CPU and gloo.
+"""TorchTitan on a machine without a CUDA GPU: what it expects of `torch.cuda` and NCCL, given by CPU and gloo.
 
 `apply()` has to run before `import torchtitan`, which looks for the device while it is imported. Each adjustment says
 what fails without it; none of them touches a machine that has a CUDA GPU.
@@ -62,11 +62,10 @@ def _histc() -> None:
     torch.histc = histc_of_integers  # type: ignore[assignment]
 
 
-def adjust_torchtitan() -> None:
-    """What has to be adjusted in TorchTitan itself, once it is imported."""
+def permute_without_triton() -> None:
+    """The permutation of 0.2.x's expert parallelism is a Triton kernel; TorchTitan ships a twin for the CPU."""
     if torch.cuda.is_available():
         return
-    # The permutation of expert parallelism is a Triton kernel; TorchTitan ships a twin for the CPU.
     from torchtitan.models.moe import kernels
 
     kernels.fill_indices_wrapper = lambda *args, **kwargs: kernels.fill_indices_cpu(*args[:6])
@@ -80,6 +79,17 @@ def _gloo() -> None:
         return barrier(*args, **kwargs)
 
     dist.barrier = barrier_without_devices
+
+    # The exchange of 0.3.x's expert parallelism sends lists of tensors; gloo's takes none that differ in size.
+    def all_to_all(outputs: Any, inputs: Any, group: Any = None, async_op: bool = False) -> None:
+        assert not async_op
+        received, sent = ([len(x) for x in tensors] for tensors in (outputs, inputs))
+        whole = torch.cat(outputs)
+        dist.all_to_all_single(whole, torch.cat(inputs), received, sent, group=group)
+        for output, part in zip(outputs, whole.split(received), strict=True):
+            output.copy_(part)
+
+    dist.all_to_all = all_to_all  # type: ignore[assignment]
 
     # FSDP with a gradient_divide_factor asks for a pre-multiplied sum, which gloo does not have.
     from torch.distributed.fsdp import FSDPModule

@@ -1,5 +1,5 @@
 """How evenly the router spreads tokens over the experts, and whether any was lost, from the counts that TorchTitan's
-MoE blocks keep in `tokens_per_expert`."""
+MoE blocks keep for balancing them."""
 
 from collections.abc import Sequence
 
@@ -7,29 +7,30 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp, all_gather_object, all_reduce, get_world_size
 from torch.distributed.tensor import DTensor
-from torchtitan.models.moe.moe import MoE
+
+_COUNTS = ("tokens_per_expert", "tokens_per_expert_E")  # a block's buffer, by generation
 
 
 class ExpertLoad:
     """Sums the counts of the microbatches that it is shown. Nothing is read by the host before `take`.
 
-    `group` are the processes with other tokens, `stages` those with other layers.
+    `groups` are the processes with other tokens, one group for each direction, `stages` those with other layers.
     """
 
     def __init__(
-        self, model_parts: Sequence[nn.Module], group: ProcessGroup | None, stages: ProcessGroup | None = None
+        self, model_parts: Sequence[nn.Module], groups: Sequence[ProcessGroup], stages: ProcessGroup | None = None
     ) -> None:
         modules = (item for part in model_parts for item in part.named_modules())
-        self.blocks = {_plain(name): module for name, module in modules if isinstance(module, MoE)}
-        self.group = group
+        self.blocks = {_plain(name): module for name, module in modules if _counts(module) is not None}
+        self.groups = groups
         self.stages = stages
         self.tokens = 0
         self.counted: Tensor | None = None  # [layers, experts]
 
     def counts(self) -> Tensor:
         """Tokens that each expert of each layer has had since TorchTitan last reset its counts, `[layers, experts]`."""
-        counts = (block.tokens_per_expert for block in self.blocks.values())
-        return torch.stack([c.full_tensor() if isinstance(c, DTensor) else c for c in counts]).double()
+        counts = (_counts(block) for block in self.blocks.values())
+        return torch.stack([c.full_tensor() if isinstance(c, DTensor) else c for c in counts]).double()  # type: ignore[misc]
 
     def add(self, before: Tensor, tokens: int) -> None:
         """A microbatch of so many tokens has run since `before`."""
@@ -62,8 +63,8 @@ class ExpertLoad:
             return {}
         expected = torch.tensor(self.tokens, dtype=torch.double, device=self.counted.device)
         totals = torch.cat([self.counted.flatten(), expected[None]])
-        if self.group is not None:
-            all_reduce(totals, ReduceOp.SUM, self.group)
+        for group in self.groups:
+            all_reduce(totals, ReduceOp.SUM, group)
         counted, tokens = totals[:-1].view_as(self.counted).cpu(), totals[-1].item()
         self.counted, self.tokens = None, 0
         found = {}
@@ -72,6 +73,11 @@ class ExpertLoad:
             dropped = round(max(1, round(rows / wanted)) * wanted - rows)
             found[name] = ((counts.max() / counts.mean()).item(), dropped)
         return found
+
+
+def _counts(module: nn.Module) -> Tensor | None:
+    """How many tokens each expert of a block has had, `[experts]`; None of other modules."""
+    return next((buffer for name in _COUNTS if (buffer := getattr(module, name, None)) is not None), None)
 
 
 def _plain(name: str) -> str:

@@ -1,19 +1,19 @@
 """What a recipe comes to under TorchTitan, from its job and a model on the meta device."""
 
-import dataclasses
 import logging
+import re
 from typing import Any
 
-import torch
 from torch import nn
-from torchtitan.config import JobConfig
-from torchtitan.distributed import ParallelDims
-from torchtitan.protocols.train_spec import get_train_spec
 
 from flashmoe_train.explain import Explanation, Setting
-from flashmoe_train.integrations.torchtitan import compat, converter, job, recipes
+from flashmoe_train.integrations.torchtitan import generation, recipes, sizes
+from flashmoe_train.integrations.torchtitan.sizes import Sizes
 from flashmoe_train.schema import Recipe
-from flashmoe_train.swap import Report
+
+_ROUTED = re.compile(r"\.moe\.(routed_)?experts\.")  # parameters of routed experts, by generation
+
+job, plan = generation.part("job"), generation.part("plan")
 
 
 def explain(recipe: Recipe, processes: int, everything: bool = False) -> Explanation:
@@ -23,48 +23,30 @@ def explain(recipe: Recipe, processes: int, everything: bool = False) -> Explana
     """
     logging.getLogger().setLevel(logging.ERROR)  # TorchTitan warns of what is filled in later
     resolved, config = recipes.resolve(recipe, processes)
-    dims = _parallel_dims(config, processes)
-    model_args = job.model_args(resolved.tables)
-    model_args.update_from_config(config)
-    with torch.device("meta"):
-        model = get_train_spec(config.model.name).model_cls(model_args)
-    converter.FlashMoEConverter(config, dims).convert(model)
+    settings = _settings(resolved, config, everything)
+    model, of_model, dims, report = plan.build(config, processes)
+    facts = job.facts(config)
     return Explanation(
-        model=f"{config.model.name}: {_parameters(model, model_args)}",
-        processes=_shares(config, dims),
+        model=f"{facts.model}: {_parameters(model, of_model)}",
+        processes=_shares(dims),
         step=_step(config, dims),
-        settings=_settings(resolved, config, everything),
-        swaps=converter.FlashMoEConverter.last_report or Report(),
-        operators=compat.operators(converter.choices(config), config, model_args),
+        settings=settings,
+        swaps=report,
+        operators=sizes.operators(facts.choices, config.training.mixed_precision_param, of_model),
     )
 
 
-def _parallel_dims(config: JobConfig, processes: int) -> ParallelDims:
-    parallelism = config.parallelism
-    return ParallelDims(
-        dp_replicate=parallelism.data_parallel_replicate_degree,
-        dp_shard=parallelism.data_parallel_shard_degree,
-        cp=parallelism.context_parallel_degree,
-        tp=parallelism.tensor_parallel_degree,
-        pp=parallelism.pipeline_parallel_degree,
-        ep=parallelism.expert_parallel_degree,
-        etp=parallelism.expert_tensor_parallel_degree,
-        world_size=processes,
-    )
-
-
-def _parameters(model: nn.Module, model_args: Any) -> str:
+def _parameters(model: nn.Module, of_model: Sizes) -> str:
     counts = {name: p.numel() for name, p in model.named_parameters()}
-    whole, routed = sum(counts.values()), sum(n for name, n in counts.items() if ".moe.experts." in name)
+    whole, routed = sum(counts.values()), sum(n for name, n in counts.items() if _ROUTED.search(name))
     text = f"{whole / 1e6:,.1f} million parameters"
-    if routed:
-        experts = model_args.moe_args
-        at_work = whole - routed + routed * experts.top_k // experts.num_experts
+    if (experts := of_model.experts) is not None and routed:
+        at_work = whole - routed + routed * experts.top_k // experts.number
         text += f", {at_work / 1e6:,.1f} million at work for a token"
     return text
 
 
-def _shares(config: JobConfig, dims: ParallelDims) -> str:
+def _shares(dims: Any) -> str:
     degrees = {
         "pipeline": dims.pp,
         "replicas": dims.dp_replicate,
@@ -77,7 +59,7 @@ def _shares(config: JobConfig, dims: ParallelDims) -> str:
     return f"{dims.world_size}: {product}{experts}"
 
 
-def _step(config: JobConfig, dims: ParallelDims) -> str:
+def _step(config: Any, dims: Any) -> str:
     training, replicas = config.training, dims.dp_replicate * dims.dp_shard
     at_once = training.local_batch_size * replicas
     sequences = training.global_batch_size if training.global_batch_size > 0 else at_once
@@ -86,14 +68,12 @@ def _step(config: JobConfig, dims: ParallelDims) -> str:
     return f"{tokens}; each of {replicas} data-parallel processes takes {training.local_batch_size} at once{turns}"
 
 
-def _settings(resolved: recipes.Job, config: JobConfig, everything: bool) -> list[Setting]:
+def _settings(resolved: recipes.Job, config: Any, everything: bool) -> list[Setting]:
     own = f"[{resolved.name}]" if resolved.name else "job file"
     found = []
-    for table, entries in dataclasses.asdict(config).items():
-        for key, value in entries.items():
-            place = f"{table}.{key}"
-            if resolved.get(place) is not None:
-                found.append(Setting(place, value, resolved.said_by.get(place, own)))
-            elif everything:
-                found.append(Setting(place, value, "TorchTitan's default"))
+    for place, shown, value in job.settings(config):
+        if resolved.get(place) is not None:
+            found.append(Setting(shown, value, resolved.said_by.get(place, own)))
+        elif everything:
+            found.append(Setting(shown, value, "TorchTitan's default"))
     return found

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchtitan.config import JobConfig
 
 from flashmoe_train import data, huggingface
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import checkpoints, compat, datasets, job, models
+from flashmoe_train.integrations.torchtitan import checkpoints, datasets, generation
+from flashmoe_train.integrations.torchtitan.generation import OURS
 from flashmoe_train.recipe import with_swap
 from flashmoe_train.schema import Checkpoint, Parallel, Recipe
+
+job, models = generation.part("job"), generation.part("models")
 
 # Shared keys whose value TorchTitan takes as it is; the others have their own lines in `job_of`.
 _SAME = {
@@ -32,7 +34,6 @@ _SAME = {
     "parallel.pipeline": "parallelism.pipeline_parallel_degree",
     "parallel.context": "parallelism.context_parallel_degree",
 }
-_OURS = "flashmoe train"
 
 
 class Job:
@@ -56,12 +57,12 @@ class Job:
         """Adds one value to a list of the user's."""
         given = self.get(place) or []
         if value not in given:
-            self._set(place, [*given, value], _OURS)
+            self._set(place, [*given, value], OURS)
 
     def default(self, place: str, value: Any) -> None:
         """Sets what nobody has said."""
         if self.get(place) is None:
-            self._set(place, value, _OURS)
+            self._set(place, value, OURS)
 
     def get(self, place: str) -> Any:
         table, key = place.rsplit(".", 1)
@@ -79,12 +80,11 @@ def job_of(recipe: Recipe, processes: int) -> Job:
     Raises UsageError for what contradicts itself and for numbers that do not fit each other.
     """
     result = Job(recipe)
-    result.say("job.custom_config_module", "flashmoe_train.integrations.torchtitan", _OURS)
+    job.activate(result)
     for part, choice in recipe.swap.model_dump(exclude={"dispatch"}).items():
         result.say(f"flashmoe.{part}", choice, f"[swap] {part}")
-    result.add("model.converters", "flashmoe")
     result.say("job.dump_folder", recipe.folder, "folder")
-    result.say("metrics.enable_tensorboard", True, _OURS)
+    result.say("metrics.enable_tensorboard", True, OURS)
     for key, place in _SAME.items():
         table, name = key.split(".")
         value = getattr(getattr(recipe, table), name)
@@ -108,7 +108,7 @@ def job_of(recipe: Recipe, processes: int) -> Job:
     return result
 
 
-def resolve(recipe: Recipe, processes: int) -> tuple[Job, JobConfig]:
+def resolve(recipe: Recipe, processes: int) -> tuple[Job, Any]:
     """The job of a recipe, and TorchTitan's configuration of it with every value checked."""
     resolved = job_of(recipe, processes)
     config = job.parse(resolved.tables)
@@ -191,11 +191,11 @@ def _keep_checkpoints(recipe: Recipe, result: Job) -> None:
 def _share_experts(recipe: Recipe, result: Job, processes: int) -> None:
     degree = recipe.parallel.expert
     if degree == "auto":
-        moe = compat.experts_of(job.model_args(result.tables))
-        if moe is None:
+        experts = job.sizes(result.tables).experts
+        if experts is None:
             raise UsageError("[parallel] expert: this model has no experts")
         outer = _degree(result, "pipeline_parallel_degree") * _degree(result, "data_parallel_replicate_degree")
-        degree = math.gcd(moe.num_experts, max(1, processes // outer))
+        degree = math.gcd(experts.number, max(1, processes // outer))
     if "expert" in recipe.parallel.model_fields_set:
         result.say("parallelism.expert_parallel_degree", degree, "[parallel] expert")
 

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torchtitan.components.metrics import BaseLogger, _get_metrics_rank
-from torchtitan.config import JobConfig
-from torchtitan.train import Trainer
+from torchtitan.components.metrics import BaseLogger
 
 from flashmoe_train import data, huggingface
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import compat, converter, job, recipes
+from flashmoe_train.integrations.torchtitan import generation, recipes, sizes
 from flashmoe_train.integrations.torchtitan.checkpoints import Checkpoints
 from flashmoe_train.integrations.torchtitan.expert_load import ExpertLoad
 from flashmoe_train.monitor import Monitor, Step
 from flashmoe_train.recipe import write
 from flashmoe_train.schema import Model, Recipe
-from flashmoe_train.swap import Report
+
+job = generation.part("job")
+Trainer: Any = generation.part("trainer").Trainer
 
 
 def run(recipe: Recipe, command: str, allow_fallback: bool) -> None:
@@ -27,7 +27,7 @@ def run(recipe: Recipe, command: str, allow_fallback: bool) -> None:
     `command` is what the user typed, to suggest another."""
     early = _keep_log_lines()
     config = prepare(recipe, int(os.environ["WORLD_SIZE"]), allow_fallback)
-    folder = Path(config.job.dump_folder)
+    folder = job.facts(config).folder
     _log_to(folder / f"log_rank{os.environ['RANK']}.txt", early)
     if os.environ["RANK"] == "0":
         write(recipe, folder / "recipe.toml")
@@ -46,18 +46,19 @@ def run(recipe: Recipe, command: str, allow_fallback: bool) -> None:
             dist.destroy_process_group()
 
 
-def prepare(recipe: Recipe, world_size: int, allow_fallback: bool) -> JobConfig:
+def prepare(recipe: Recipe, world_size: int, allow_fallback: bool) -> Any:
     """TorchTitan's configuration of the recipe, checked, and the folder of the run with what it needs in it."""
     resolved, config = recipes.resolve(recipe, world_size)
+    facts = job.facts(config)
     if not allow_fallback:
-        compat.check_kernels(converter.choices(config), config, job.model_args(resolved.tables))
-    folder = Path(config.job.dump_folder)
+        of_model = job.sizes(resolved.tables)
+        sizes.check_kernels(facts.choices, config.training.mixed_precision_param, of_model)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        facts.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"the folder of the run, {folder}, cannot be made: {error}") from None
-    if config.model.hf_assets_path == data.BYTE_TOKENIZER:
-        config.model.hf_assets_path = str(data.write_byte_tokenizer(folder / "byte_tokenizer"))
+        raise UsageError(f"the folder of the run, {facts.folder}, cannot be made: {error}") from None
+    if facts.tokenizer == data.BYTE_TOKENIZER:
+        job.use_tokenizer(config, data.write_byte_tokenizer(facts.folder / "byte_tokenizer"))
     return config
 
 
@@ -84,20 +85,18 @@ class MonitoredTrainer(Trainer):
 
     monitor: Monitor | None = None
 
-    def __init__(self, job_config: JobConfig) -> None:
-        compat.provide_validator(job_config)
-        super().__init__(job_config)
-        compat.ask_for_no_masks(self)
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.facts: generation.Facts = job.facts(config)
         self.checkpointer.__class__ = Checkpoints
-        _check_vocabulary(self)
+        _check_vocabulary(self.tokenizer.get_vocab_size(), self.vocabulary())
         dims = self.parallel_dims
-        other_tokens = dims.get_mesh("loss").get_group() if dims.dp_cp_enabled else None
         other_layers = dims.get_mesh("pp").get_group() if dims.pp_enabled else None
-        self.expert_load = ExpertLoad(self.model_parts, other_tokens, other_layers)
+        self.expert_load = ExpertLoad(self.model_parts, self.processes_with_other_tokens(), other_layers)
         metrics = self.metrics_processor
-        if dist.get_rank() == _get_metrics_rank(dims, job_config):  # the one that knows the loss
-            title = f"{job_config.model.name} on {dist.get_world_size()} × {self.device.type}"
-            self.monitor = Monitor(title, Path(job_config.job.dump_folder), job_config.training.steps)
+        if dist.get_rank() == self.metrics_rank():
+            title = f"{self.facts.model} on {dist.get_world_size()} × {self.device.type}"
+            self.monitor = Monitor(title, self.facts.folder, config.training.steps)
         metrics.logger = _Metrics(metrics.logger, self.expert_load, self.monitor)
 
     def forward_backward_step(self, **batch: Any) -> Any:
@@ -105,35 +104,32 @@ class MonitoredTrainer(Trainer):
         before = self.expert_load.counts() if watched else None
         loss = super().forward_backward_step(**batch)
         if before is not None:
-            self.expert_load.add(before, batch["labels"].numel() // self.parallel_dims.cp)
+            self.expert_load.add(before, self.counted_tokens(batch["labels"]))
         return loss
 
     def train(self) -> None:
         super().train()
-        # The loss on held-out data belongs into the summary, whatever validation.freq is.
-        if self.job_config.validation.enable and not self.validator.should_validate(self.step):
+        # The loss on held-out data belongs into the summary, whatever the frequency of validation is.
+        if self.facts.validates and not self.validator.should_validate(self.step):
             self.validator.validate(self.model_parts, self.step)
 
     def export(self, model: Model | None) -> None:
         """Writes the weights in Hugging Face's format, with a config.json if the recipe has the model's sizes."""
-        config = self.job_config
         files = {}
         if model is not None:
             tokens = {"bos_token_id": self.tokenizer.bos_id, "eos_token_id": self.tokenizer.eos_id}
-            dtype, seq_len = config.checkpoint.export_dtype, config.training.seq_len
+            dtype, seq_len = self.config.checkpoint.export_dtype, self.config.training.seq_len
             files["config.json"] = huggingface.config(model, seq_len, dtype, tokens)
-        folder = Path(config.job.dump_folder) / "huggingface"
-        self.checkpointer.export(folder, files, Path(config.model.hf_assets_path))
+        self.checkpointer.export(self.facts.folder / "huggingface", files, Path(self.facts.tokenizer))
 
     def summarise(self, command: str) -> None:
         if self.monitor is None:
             return
-        config = self.job_config
         self.monitor.finish(
-            swaps=converter.FlashMoEConverter.last_report or Report(),
-            tensorboard=Path(config.job.dump_folder) / config.metrics.save_tb_folder,
-            unigram_entropy=data.unigram_entropy() if config.training.dataset == "torch_sources" else None,
-            next_command=f"{command} training.steps={2 * config.training.steps}",
+            swaps=self.swapped(),
+            tensorboard=self.facts.folder / self.config.metrics.save_tb_folder,
+            unigram_entropy=data.unigram_entropy() if self.facts.dataset == "torch_sources" else None,
+            next_command=f"{command} training.steps={2 * self.config.training.steps}",
         )
 
     def close(self) -> None:
@@ -177,8 +173,7 @@ class _Metrics(BaseLogger):
         self.loggers.close()
 
 
-def _check_vocabulary(trainer: Trainer) -> None:
+def _check_vocabulary(tokens: int, rows: int) -> None:
     """A token that the embedding does not have would end in an index error, or on a GPU in an assertion."""
-    tokens, rows = trainer.tokenizer.get_vocab_size(), trainer.model_args.vocab_size
     if tokens > rows:
         raise UsageError(f"the tokenizer has {tokens} tokens, the model's vocab_size is {rows}: it must not be less")

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from flashmoe_train import data, recipe
-from flashmoe_train.integrations.torchtitan import job, runner
+from flashmoe_train.integrations.torchtitan.converters import job
+from flashmoe_train.integrations.torchtitan.converters.trainer import Stock
 from flashmoe_train.integrations.torchtitan.runner import BaseLogger  # TorchTitan's, imported after our adjustments
 
 SEED_CHECKPOINT = "seed/checkpoint/step-0"
@@ -65,7 +66,7 @@ def train(tables: dict[str, Any], overrides: list[str], root: Path) -> list[floa
     tables["checkpoint"] = {"enable": True, "load_only": True, "initial_load_path": str(root / SEED_CHECKPOINT)}
     for override in overrides:
         recipe.apply(tables, override)
-    trainer = runner.Trainer(job.parse(tables))
+    trainer = Stock(job.parse(tables))
     logs = type(trainer.metrics_processor.logger) is not BaseLogger
     trainer.metrics_processor.logger = recorder = Recorder()
     try:
@@ -93,7 +94,7 @@ def write_seed_checkpoint(tables: dict[str, Any], layers: int, root: Path) -> No
     tables["job"]["dump_folder"] = str(root / "seed")
     tables["checkpoint"] = {"enable": True, "create_seed_checkpoint": True}
     data.write_byte_tokenizer(root / "byte_tokenizer")
-    trainer = runner.Trainer(job.parse(tables))
+    trainer = Stock(job.parse(tables))
     trainer.checkpointer.save(curr_step=0, last_step=True)
     trainer.close()
 

@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from flashmoe_train import recipe
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import job, recipes
+from flashmoe_train.integrations.torchtitan import recipes
 from flashmoe_train.integrations.torchtitan.checkpoints import is_complete
+from flashmoe_train.integrations.torchtitan.converters import job
 
 from ... import processes
 from .runs import SMALL, train

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torchtitan.models.moe.moe import MoE, MoEArgs
 
-from flashmoe_train.integrations.torchtitan import moe
+from flashmoe_train.integrations.torchtitan.converters import moe
 from flashmoe_train.integrations.torchtitan.expert_load import ExpertLoad
 from flashmoe_train.swap import swap_modules
 
@@ -46,7 +46,7 @@ def run(load: ExpertLoad, layers: nn.ModuleDict, times: int = 1) -> None:
 @pytest.mark.parametrize("swapped", [False, True])
 def test_busiest_expert_of_the_most_uneven_layer(swapped: bool) -> None:
     layers = blocks(swapped)
-    load = ExpertLoad([layers], None)
+    load = ExpertLoad([layers], [])
     steer(layers["a"], 0)
     layers["b"].expert_bias = None
     run(load, layers)
@@ -60,7 +60,7 @@ def test_busiest_expert_of_the_most_uneven_layer(swapped: bool) -> None:
 
 def test_recomputation_is_not_load_and_lost_rows_are_counted() -> None:
     layers = blocks(swapped=True)
-    load = ExpertLoad([layers], None)
+    load = ExpertLoad([layers], [])
     run(load, layers, times=2)  # as activation checkpointing does
     assert load.take()["expert_load/dropped_rows"] == 0
     before = load.counts()
@@ -73,7 +73,7 @@ def test_recomputation_is_not_load_and_lost_rows_are_counted() -> None:
 
 def _in_each_process() -> None:
     layers = blocks(swapped=True)
-    load = ExpertLoad([layers], dist.group.WORLD)
+    load = ExpertLoad([layers], [dist.group.WORLD])
     for layer in layers.values():
         steer(layer, 3 * dist.get_rank())  # other experts in each process: over both the load is more even
     run(load, layers)
@@ -89,7 +89,7 @@ def test_is_that_of_all_processes() -> None:
 def _of_a_stage() -> None:
     layer = "ab"[dist.get_rank()]
     layers = nn.ModuleDict({layer: blocks(swapped=True)[layer]})
-    load = ExpertLoad([layers], None, dist.group.WORLD)
+    load = ExpertLoad([layers], [], dist.group.WORLD)
     steer(layers[layer], 0)
     if layer == "a":
         layers["a"].expert_bias = None

@@ -6,7 +6,7 @@ import pytest
 
 from flashmoe_train import recipe
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import job
+from flashmoe_train.integrations.torchtitan.converters import job
 
 from .jobs import tables_of
 

@@ -10,7 +10,7 @@ from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import models
+from flashmoe_train.integrations.torchtitan.converters import models
 from flashmoe_train.recipe import find, read
 from flashmoe_train.schema import Model, parse
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from flashmoe_train.integrations.torchtitan import attention, moe
+from flashmoe_train.integrations.torchtitan.converters import attention, moe
 from flashmoe_train.swap import swap_modules
 
 from ...ops.operators import Copied, CountOperators

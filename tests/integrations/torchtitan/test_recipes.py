@@ -10,7 +10,8 @@ import pytest
 
 from flashmoe_train import recipe
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import job, recipes
+from flashmoe_train.integrations.torchtitan import recipes
+from flashmoe_train.integrations.torchtitan.converters import job
 from flashmoe_train.integrations.torchtitan.datasets import DATASETS
 from flashmoe_train.integrations.torchtitan.explain import explain
 

@@ -34,6 +34,12 @@ def register(model: Model, document_masks: bool, exact: bool) -> tuple[str, str]
     return name, FLAVOR
 
 
+def heads(adapter: Any) -> tuple[int, int]:
+    """Query and key/value heads of the model whose weights an adapter renames."""
+    arguments = adapter.model_args
+    return arguments.n_heads, getattr(arguments, "n_kv_heads", None) or arguments.n_heads
+
+
 def _common(model: Model) -> dict[str, Any]:
     return {
         "dim": model.hidden_size,

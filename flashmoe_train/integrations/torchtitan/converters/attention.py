@@ -4,9 +4,7 @@ They take q `[B, H, S, D]`, k `[B, G, S, D]` and v `[B, G, S, V]`, which are vie
 them back costs nothing. qwen3 under tensor parallelism hands over DTensors and relies on the operator's sharding rule.
 """
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.models.attention import (
     FlexAttentionWrapper,
     ScaledDotProductAttentionWrapper,
@@ -14,9 +12,9 @@ from torchtitan.models.attention import (
     VarlenMetadata,
 )
 
-from flashmoe_train.integrations.torchtitan.documents import DocumentMask, with_document_masks
+from flashmoe_train.integrations.torchtitan.converters.documents import DocumentMask, with_document_masks
+from flashmoe_train.integrations.torchtitan.core import attention_within_documents, autocast
 from flashmoe_train.ops.attention import attention
-from flashmoe_train.ops.library import compute_dtype
 from flashmoe_train.swap import Swap
 
 
@@ -33,7 +31,7 @@ class FlashMoEAttention(ScaledDotProductAttentionWrapper):
         enable_gqa: bool = False,
         is_causal: bool = True,
     ) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in _autocast(q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in autocast(q, k, v))
         return attention(q, k, v, causal=is_causal, softmax_scale=scale).transpose(1, 2)
 
 
@@ -53,7 +51,7 @@ class FlashMoEDocumentAttention(FlexAttentionWrapper):
         if block_mask.documents is not None:
             out = _within_documents(q, k, v, block_mask.documents, scale)
             return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
-        q, k, v = (x.transpose(1, 2) for x in _autocast(q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in autocast(q, k, v))
         return attention(q, k, v, causal=True, softmax_scale=scale).transpose(1, 2)
 
 
@@ -67,17 +65,8 @@ class FlashMoEVarlenAttention(VarlenAttentionWrapper):
 
 
 def _within_documents(q: Tensor, k: Tensor, v: Tensor, documents: VarlenMetadata, scale: float | None) -> Tensor:
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in _autocast(q, k, v))
-    cu_seqlens = documents.cu_seq_q
-    if isinstance(q, DTensor):
-        everywhere = [Replicate()] * q.device_mesh.ndim
-        cu_seqlens = DTensor.from_local(cu_seqlens, q.device_mesh, everywhere, run_check=False)
-    return attention(q, k, v, causal=True, softmax_scale=scale, cu_seqlens_q=cu_seqlens)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """SDPA casts under autocast; so do we, since rotary embeddings may leave q and k wider than v."""
-    return tuple(x.to(compute_dtype(x)) for x in tensors)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return attention_within_documents(q, k, v, documents.cu_seq_q, scale)
 
 
 def swaps(model: nn.Module) -> list[Swap]:
@@ -103,7 +92,3 @@ def _masks_are_documents(model: nn.Module) -> bool:
         and getattr(arguments, "attn_type", None) == "flex"
         and getattr(arguments, "attn_mask_type", None) in ("causal", "block_causal")
     )
-
-
-# The second is what the fallback runs on documents; TorchTitan keeps it for some models only.
-OPERATORS = [torch.ops.flashmoe.attention_forward.default, torch.ops.torch_attn._varlen_attn.default]

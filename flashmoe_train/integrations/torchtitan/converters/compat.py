@@ -1,9 +1,7 @@
-"""Which TorchTitan this is, and what it cannot do: combinations known to break are refused by name."""
+"""What TorchTitan 0.2.x and its swap cannot do: combinations known to break are refused by name."""
 
 import dataclasses
 import importlib.metadata
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,69 +9,38 @@ from packaging.version import Version
 
 from flashmoe_train import versions
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.torchtitan import sizes as machine
 from flashmoe_train.integrations.torchtitan.config import FlashMoE
-from flashmoe_train.ops import attention, moe
-from flashmoe_train.ops.library import HOPPER, capability, runs
-
-
-def check_installed() -> None:
-    """Raises UsageError unless a TorchTitan is installed that has the extension points we use."""
-    torchtitan = importlib.util.find_spec("torchtitan")
-    if torchtitan is None or not torchtitan.submodule_search_locations:
-        raise UsageError("TorchTitan is not installed: pip install 'flashmoe-train[torchtitan]'")
-    # By capability, not by number: torchtitan 0.3 replaced model converters by configuration overrides. Looked up as a
-    # file, because importing a version made for another torch may fail before it can be named.
-    folders = torchtitan.submodule_search_locations
-    if not any((Path(folder) / "protocols/model_converter.py").exists() for folder in folders):
-        found = importlib.metadata.version("torchtitan")
-        raise UsageError(
-            f"torchtitan {found} has no model converters. What works together:\n{versions.table('torchtitan')}"
-        )
 
 
 def check_kernels(choices: FlashMoE, config: Any, model_args: Any) -> None:
-    """Nobody trains slowly by accident: raises UsageError where a Hopper GPU lacks kernels of what is swapped."""
-    if capability("cuda") != HOPPER:
-        return
-    reasons = (reason for _, reason in _supported(choices, config, model_args))
-    if missing := [reason for reason in reasons if reason is not None]:
-        raise UsageError(f"{'; '.join(missing)}; --allow-fallback trains on PyTorch's kernels instead")
+    """Raises UsageError where a Hopper GPU lacks kernels of what is swapped."""
+    machine.check_kernels(choices, config.training.mixed_precision_param, sizes(model_args))
 
 
-def operators(choices: FlashMoE, config: Any, model_args: Any) -> list[tuple[str, str]]:
-    """Each swapped operator, and what runs it for this job on this machine."""
-    return [(name, runs(why, _device())) for name, why in _supported(choices, config, model_args)]
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _supported(choices: FlashMoE, config: Any, model_args: Any) -> list[tuple[str, str | None]]:
-    device = _device()
-    dtype = getattr(torch, config.training.mixed_precision_param)
-    found = []
-    if choices.attention == "flashmoe":
-        case = attention.AttentionCase(device, capability(device), dtype, *_head_dims(model_args))
-        found.append(("attention", attention.supports(case)))
-    if choices.moe == "flashmoe" and (experts := experts_of(model_args)) is not None:
-        hidden_dim = getattr(model_args, "moe_inter_dim", model_args.dim)  # llama4's is a multiple of 256
-        sizes = model_args.dim, hidden_dim, experts.num_experts
-        found.append(("moe", moe.supports(moe.MoECase(device, capability(device), dtype, *sizes))))
-    return found
+def sizes(model_args: Any) -> machine.Sizes:
+    """Of the model that TorchTitan's arguments describe."""
+    heads = model_args.n_heads
+    dim = getattr(model_args, "head_dim", None) or model_args.dim // heads
+    qk, v = dim, dim
+    if hasattr(model_args, "v_head_dim"):
+        qk, v = model_args.qk_nope_head_dim + model_args.qk_rope_head_dim, model_args.v_head_dim
+    moe = experts_of(model_args)
+    hidden = getattr(model_args, "moe_inter_dim", model_args.dim)  # llama4's is a multiple of 256
+    return machine.Sizes(
+        dim=model_args.dim,
+        heads=heads,
+        kv_heads=getattr(model_args, "n_kv_heads", None) or heads,
+        qk_head_dim=qk,
+        v_head_dim=v,
+        vocabulary=model_args.vocab_size,
+        experts=None if moe is None else machine.Experts(moe.num_experts, moe.top_k, hidden),
+    )
 
 
 def experts_of(model_args: Any) -> Any:
     """The sizes of a model's experts; None for dense models, of which qwen3's have sizes too, but switched off."""
     return getattr(model_args, "moe_args", None) if getattr(model_args, "moe_enabled", True) else None
-
-
-def _head_dims(model_args: Any) -> tuple[int, int]:
-    """Of queries and keys, and of values."""
-    if hasattr(model_args, "v_head_dim"):
-        return model_args.qk_nope_head_dim + model_args.qk_rope_head_dim, model_args.v_head_dim
-    dim = getattr(model_args, "head_dim", None) or model_args.dim // model_args.n_heads
-    return dim, dim
 
 
 def check_job(job_config: Any, parallel_dims: Any, choices: FlashMoE) -> None:

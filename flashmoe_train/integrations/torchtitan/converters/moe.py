@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtitan.models.moe.moe import GroupedExperts, MoE
 
-from flashmoe_train.ops.library import compute_dtype
-from flashmoe_train.ops.moe import moe, moe_combine, moe_permute, moe_rows
+from flashmoe_train.integrations.torchtitan.core import routed_experts
+from flashmoe_train.ops.moe import moe_combine, moe_permute
 from flashmoe_train.ops.moe.rows import inverse
 from flashmoe_train.swap import Swap
 
@@ -22,18 +22,7 @@ class FlashMoEExperts(GroupedExperts):
     """The weights of the experts; called with tokens, or with rows that an exchange has delivered."""
 
     def forward(self, x: Tensor, routing: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Tokens x `[T, D]`, the experts `routing` `[T, K]` of each and their `weights` `[T, K]` give `[T, D]`.
-
-        Without weights x holds rows `[R, D]` sorted by expert and `routing` how many each expert has, `[E]`: stock's
-        signature, which the hooks of TorchTitan's expert and tensor parallelism on this module expect.
-        """
-        dtype = compute_dtype(x)
-        w1, w2, w3 = (_local(w).to(dtype) for w in (self.w1, self.w2, self.w3))
-        if weights is not None:
-            return moe(x.to(dtype), w1, w2, w3, routing, weights).type_as(x)
-        ends = routing.cumsum(0, dtype=torch.int32)
-        offsets = torch.cat([ends.new_zeros(1), ends])
-        return moe_rows(x.to(dtype), w1, w2, w3, offsets).type_as(x)
+        return routed_experts(x, self.w1, self.w2, self.w3, routing, weights)
 
 
 class FlashMoEBlock(MoE):
@@ -66,13 +55,6 @@ class FlashMoEBlock(MoE):
         return moe_combine(rows.contiguous(), slot_row, None if self.score_before_experts else weights.float())
 
 
-def _local(w: Tensor) -> Tensor:
-    return w.to_local() if isinstance(w, DTensor) else w
-
-
 def swaps(model: nn.Module) -> list[Swap]:
     """Every MoE block with the experts in it."""
     return [Swap(MoE, FlashMoEBlock), Swap(GroupedExperts, FlashMoEExperts)]
-
-
-OPERATORS = [torch.ops.flashmoe.route_plan.default, torch.ops.flashmoe.moe_forward.default]

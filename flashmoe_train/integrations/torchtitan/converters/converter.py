@@ -9,8 +9,9 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.tools.logging import logger
 
-from flashmoe_train.integrations.torchtitan import attention, compat, moe
+from flashmoe_train.integrations.torchtitan import core, sizes
 from flashmoe_train.integrations.torchtitan.config import FlashMoE, validate
+from flashmoe_train.integrations.torchtitan.converters import attention, compat, moe
 from flashmoe_train.swap import Report, swap_modules
 
 
@@ -34,17 +35,18 @@ class FlashMoEConverter:
         report = Report()
         if self.config.attention == "flashmoe":
             report += swap_modules(model, attention.swaps(model))
-            self._save_in_selective_checkpointing(attention.OPERATORS)
+            self._save_in_selective_checkpointing(core.ATTENTION_OPERATORS)
         if self.config.moe == "flashmoe":
             report += swap_modules(model, moe.swaps(model), optional=True)  # a dense model has none
-            self._save_in_selective_checkpointing(moe.OPERATORS)
+            self._save_in_selective_checkpointing(core.MOE_OPERATORS)
         for modules, found, became, count in report.summary():
             logger.info(f"flashmoe: {count} × {modules}: {found} -> {became}")
-        for operator, runs in compat.operators(self.config, self.job_config, model.model_args):
+        dtype = self.job_config.training.mixed_precision_param
+        for operator, runs in sizes.operators(self.config, dtype, compat.sizes(model.model_args)):
             logger.info(f"flashmoe: {operator} runs on {runs}")
         FlashMoEConverter.last_report = report
 
-    def _save_in_selective_checkpointing(self, operators: list[torch._ops.OpOverload]) -> None:
+    def _save_in_selective_checkpointing(self, operators: tuple[torch._ops.OpOverload, ...]) -> None:
         """Adds operators to those whose outputs the model's selective activation checkpointing keeps, a module-level
         set in `torchtitan.models.<name>.infra.parallelize`."""
         name = self.job_config.model.name

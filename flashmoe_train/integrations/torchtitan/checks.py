@@ -1,0 +1,112 @@
+"""Values of a job that contradict each other or do not fit the processes, named before a process group exists: what
+both generations of TorchTitan would stumble over later, under the names of a job file."""
+
+import importlib.util
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from flashmoe_train import data
+from flashmoe_train.errors import UsageError, nearest
+from flashmoe_train.integrations.torchtitan.sizes import Sizes
+
+_DEGREES = (
+    "data_parallel_replicate_degree",
+    "data_parallel_shard_degree",
+    "tensor_parallel_degree",
+    "pipeline_parallel_degree",
+    "context_parallel_degree",
+    "expert_parallel_degree",
+    "expert_tensor_parallel_degree",
+)
+
+
+def check(config: Any, world_size: int, sizes: Sizes, flavor: str, validate_every: int, tokenizer: str) -> None:
+    """Raises UsageError for what no job may say. `config` is TorchTitan's, of which both generations have the tables
+    that are read here; the rest is handed over."""
+    checkpoint = config.checkpoint
+    if checkpoint.create_seed_checkpoint and not (checkpoint.enable and world_size == 1):
+        raise UsageError("[checkpoint] create_seed_checkpoint needs enable = true and one process (--processes 1)")
+    if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        raise UsageError("[metrics] enable_wandb: Weights & Biases is not installed: pip install wandb")
+    _check_degrees(config.parallelism, world_size)
+    _check_expert_parallelism(config.parallelism, world_size, sizes, flavor)
+    _check_numbers(config, world_size, sizes, validate_every)
+    data.check_tokenizer("[model] hf_assets_path", tokenizer)
+    start = checkpoint.initial_load_path
+    if checkpoint.enable and start and not Path(start).is_dir():
+        raise UsageError(f"[checkpoint] initial_load_path = {start!r}: no such folder")
+
+
+def _check_degrees(parallelism: Any, world_size: int) -> None:
+    degrees = {key: getattr(parallelism, key) for key in _DEGREES if hasattr(parallelism, key)}
+    for key, degree in degrees.items():
+        if degree < 1 and not (key == "data_parallel_shard_degree" and degree == -1):
+            or_rest = ", or -1 for all that is left" if key == "data_parallel_shard_degree" else ""
+            raise UsageError(f"[parallelism] {key} must be at least 1{or_rest}, found {degree}")
+    fixed = {key: degree for key, degree in degrees.items() if degree not in (-1, 1) and "expert" not in key}
+    rest_shards = degrees["data_parallel_shard_degree"] == -1
+    needed = math.prod(fixed.values())
+    if world_size % needed != 0 or (world_size != needed and not rest_shards):
+        product = " × ".join(f"{key} {degree}" for key, degree in fixed.items()) or "all degrees are 1"
+        multiple = "a multiple of " if rest_shards else ""
+        raise UsageError(f"[parallelism] {product}: needs {multiple}{needed} processes, found {world_size}")
+
+
+def _check_numbers(config: Any, world_size: int, sizes: Sizes, validate_every: int) -> None:
+    training, parallelism = config.training, config.parallelism
+    counts = {
+        "[training] steps": training.steps,
+        "[training] seq_len": training.seq_len,
+        "[training] local_batch_size": training.local_batch_size,
+        "[metrics] log_freq": config.metrics.log_freq,
+        "[validation] freq": validate_every,
+        "[checkpoint] interval": config.checkpoint.interval,
+    }
+    for key, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{key} must be at least 1, found {count}")
+    stages = parallelism.pipeline_parallel_degree
+    tensor = parallelism.tensor_parallel_degree
+    for heads in (sizes.heads, sizes.kv_heads):
+        if heads % tensor:
+            raise UsageError(f"[parallelism] tensor_parallel_degree {tensor} does not divide the model's {heads} heads")
+    at_once = training.local_batch_size * (world_size // (stages * tensor * parallelism.context_parallel_degree))
+    if training.global_batch_size > 0 and training.global_batch_size % at_once:
+        raise UsageError(
+            f"[training] global_batch_size = {training.global_batch_size} must be a multiple of {at_once}, which is "
+            f"local_batch_size ({training.local_batch_size}) on all data-parallel processes"
+        )
+    pieces = training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
+    if stages > 1 and pieces < stages:
+        raise UsageError(
+            f"[parallelism] pipeline_parallel_degree {stages}: a process' batch of {training.local_batch_size} makes "
+            f"{pieces} pieces of {parallelism.pipeline_parallel_microbatch_size}, and every stage needs one"
+        )
+
+
+def _check_expert_parallelism(parallelism: Any, world_size: int, sizes: Sizes, flavor: str) -> None:
+    degree = parallelism.expert_parallel_degree
+    if degree == 1:
+        return
+    if sizes.experts is None:
+        raise UsageError(f"[parallelism] expert_parallel_degree {degree}: {flavor} has no experts")
+    number = sizes.experts.number
+    if number % degree != 0:
+        raise UsageError(f"[parallelism] expert_parallel_degree {degree} does not divide the {number} experts")
+    # TorchTitan takes these processes from those of data, context and (unless the experts keep it) tensor parallelism.
+    tensor = getattr(parallelism, "expert_tensor_parallel_degree", 1)
+    shared = world_size // (parallelism.pipeline_parallel_degree * parallelism.data_parallel_replicate_degree)
+    if shared % (degree * tensor) != 0:
+        raise UsageError(
+            f"[parallelism] expert_parallel_degree {degree} × expert_tensor_parallel_degree "
+            f"{tensor} must divide the {shared} processes of each pipeline stage"
+        )
+
+
+def known(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raises UsageError unless `value` is one of `choices`."""
+    choices = sorted(choices)
+    if value not in choices:
+        raise UsageError(f"{key} = {value!r} does not exist; {nearest(value, choices)}")

@@ -1,0 +1,138 @@
+"""From tables to TorchTitan's JobConfig, with every mistake named before a process group exists."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS
+from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+
+from flashmoe_train.errors import UsageError, nearest
+from flashmoe_train.integrations.torchtitan import checks
+from flashmoe_train.integrations.torchtitan.checks import known
+from flashmoe_train.integrations.torchtitan.converters import compat, converter
+from flashmoe_train.integrations.torchtitan.generation import OURS, Facts
+from flashmoe_train.integrations.torchtitan.sizes import Sizes
+from flashmoe_train.schema import key_name, lines, table_name
+
+
+def check_tables(tables: dict[str, Any], name: str = "") -> None:
+    """Raises UsageError for unknown keys of TorchTitan's tables, with the nearest known one, and for values of the
+    wrong type. TorchTitan checks keys, without a hint, and leaves types to whatever they break later. `name` is what
+    the tables are called together in the file they are from."""
+    _check_keys(JobConfig, tables, *filter(None, [name]))
+    try:
+        TypeAdapter(JobConfig).validate_json(json.dumps(tables, default=str), strict=True)
+    except ValidationError as error:
+        raise UsageError(lines(_problem(e, *filter(None, [name])) for e in error.errors())) from None
+
+
+def _problem(error: Any, *place: str) -> tuple[str, str]:
+    schema: Any = JobConfig
+    for part in error["loc"]:
+        place = (*place, part)
+        schema = next((field.type for field in dataclasses.fields(schema) if field.name == part), None)
+        if not dataclasses.is_dataclass(schema):
+            break  # what follows is inside the value
+    return f"{key_name(*place)} = {error['input']!r}: ", error["msg"]
+
+
+def _check_keys(cls: type, tables: dict[str, Any], *place: str) -> None:
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    for key, value in tables.items():
+        known = fields.get(key)
+        if known is None:
+            named = f"table {table_name(*place, key)}" if isinstance(value, dict) else f"key {key_name(*place, key)}"
+            raise UsageError(f"unknown {named}; {nearest(key, sorted(fields))}")
+        if dataclasses.is_dataclass(known):
+            if not isinstance(value, dict):
+                raise UsageError(f"{table_name(*place, key)} must be a table, found {value!r}")
+            _check_keys(known, value, *place, key)  # type: ignore[arg-type]
+
+
+def parse(tables: dict[str, Any]) -> JobConfig:
+    """TorchTitan's JobConfig of the tables."""
+
+    class Manager(ConfigManager):
+        def _maybe_load_toml(self, args: list[str]) -> dict[str, Any]:
+            return tables
+
+    return Manager().parse_args([])
+
+
+def check(config: JobConfig, world_size: int) -> None:
+    """Raises UsageError where the values name something that does not exist, contradict each other or do not fit
+    `world_size` processes."""
+    spec = _train_spec(config.model.name)
+    known("[model] flavor", config.model.flavor, spec.model_args)
+    arguments = spec.model_args[config.model.flavor]
+    if not hasattr(arguments, "n_heads"):
+        raise UsageError(f"[model] name = {config.model.name!r} is not a language model")
+    known("[training] dataset", config.training.dataset, DATASETS)
+    if config.validation.enable:
+        known("[validation] dataset", config.validation.dataset, DATASETS)
+    known("[optimizer] name", config.optimizer.name, ("Adam", "AdamW"))
+    if config.parallelism.pipeline_parallel_degree > 1 and spec.pipelining_fn is None:
+        raise UsageError(f"[parallelism] pipeline_parallel_degree: TorchTitan cannot pipeline {config.model.name}")
+    sizes = compat.sizes(arguments)
+    checks.check(config, world_size, sizes, config.model.flavor, config.validation.freq, config.model.hf_assets_path)
+
+
+def sizes(tables: dict[str, Any]) -> Sizes:
+    """Of the model that the tables name."""
+    return compat.sizes(model_args(tables))
+
+
+def activate(job: Any) -> None:
+    """Lets a recipe's job swap: TorchTitan's converters, and our table that says what."""
+    job.say("job.custom_config_module", "flashmoe_train.integrations.torchtitan", OURS)
+    job.add("model.converters", "flashmoe")
+
+
+def facts(config: JobConfig) -> Facts:
+    """Where this configuration has what both generations know."""
+    return Facts(
+        model=config.model.name,
+        folder=Path(config.job.dump_folder),
+        tokenizer=config.model.hf_assets_path,
+        dataset=config.training.dataset,
+        validates=config.validation.enable,
+        choices=converter.choices(config),
+    )
+
+
+def use_tokenizer(config: JobConfig, folder: Path) -> None:
+    """Trains with the tokenizer in `folder`."""
+    config.model.hf_assets_path = str(folder)
+
+
+def settings(config: JobConfig) -> Iterator[tuple[str, str, Any]]:
+    """Every value: where a job's tables have it, what TorchTitan calls it, and what it is."""
+    for table, entries in dataclasses.asdict(config).items():
+        for key, value in entries.items():
+            yield f"{table}.{key}", f"{table}.{key}", value
+
+
+def model_args(tables: dict[str, Any]) -> Any:
+    """The arguments of the model that the tables name."""
+    name, flavor = (tables.get("model", {}).get(key, default) for key, default in _MODEL.items())
+    flavors = _train_spec(name).model_args
+    known("[model] flavor", flavor, flavors)
+    return flavors[flavor]
+
+
+_MODEL = {"name": "llama3", "flavor": "debugmodel"}  # TorchTitan's own defaults
+
+
+def _train_spec(name: str) -> TrainSpec:
+    from torchtitan.models import _supported_models
+
+    try:
+        return get_train_spec(name)
+    except ValueError:
+        hint = nearest(name, sorted(_supported_models))
+        raise UsageError(f"[model] name = {name!r} is not a model; {hint}") from None

@@ -1,0 +1,62 @@
+"""What our operators and checks want to know of a model, whichever generation of TorchTitan describes it; and what runs
+our operators for such a model on this machine."""
+
+from dataclasses import dataclass
+
+import torch
+
+from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.torchtitan.config import FlashMoE
+from flashmoe_train.ops import attention, moe
+from flashmoe_train.ops.library import HOPPER, capability, runs
+
+
+@dataclass(frozen=True)
+class Experts:
+    number: int
+    top_k: int
+    hidden_dim: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a language model of TorchTitan's."""
+
+    dim: int
+    heads: int
+    kv_heads: int
+    qk_head_dim: int
+    v_head_dim: int
+    vocabulary: int
+    experts: Experts | None = None  # None: dense
+
+
+def check_kernels(choices: FlashMoE, dtype: str, sizes: Sizes) -> None:
+    """Nobody trains slowly by accident: raises UsageError where a Hopper GPU lacks kernels of what is swapped."""
+    if capability("cuda") != HOPPER:
+        return
+    reasons = (reason for _, reason in _supported(choices, dtype, sizes))
+    if missing := [reason for reason in reasons if reason is not None]:
+        raise UsageError(f"{'; '.join(missing)}; --allow-fallback trains on PyTorch's kernels instead")
+
+
+def operators(choices: FlashMoE, dtype: str, sizes: Sizes) -> list[tuple[str, str]]:
+    """Each swapped operator, and what runs it for this model on this machine; `dtype` is that of its products."""
+    return [(name, runs(why, _device())) for name, why in _supported(choices, dtype, sizes)]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _supported(choices: FlashMoE, dtype_name: str, sizes: Sizes) -> list[tuple[str, str | None]]:
+    device, dtype = _device(), getattr(torch, dtype_name)
+    found = []
+    if choices.attention == "flashmoe":
+        head_dims = sizes.qk_head_dim, sizes.v_head_dim
+        case = attention.AttentionCase(device, capability(device), dtype, *head_dims)
+        found.append(("attention", attention.supports(case)))
+    if choices.moe == "flashmoe" and (experts := sizes.experts) is not None:
+        dims = sizes.dim, experts.hidden_dim, experts.number
+        found.append(("moe", moe.supports(moe.MoECase(device, capability(device), dtype, *dims))))
+    return found
