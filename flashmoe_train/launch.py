@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,18 @@ def torchrun(arguments: list[str], processes: int) -> None:
 
 
 class RunError(Exception):
-    """A run that did not end well; its text is the last line that the run printed."""
+    """A run that did not end well; its text says why, in a line."""
+
+
+# As exceptions end their tracebacks, of whatever rank, and as usage errors begin.
+_REASON = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:[\w.]*(?:Error|Exception|Unsupported)|error): \S.*)")
+
+
+def reason(output: str, errors: str) -> str:
+    """Why a run failed: the last line that names an error, or else the last of all; empty if there is none."""
+    lines = [line for line in f"{output}\n{errors}".splitlines() if line.strip()]
+    named = [found[1] for line in lines if (found := _REASON.match(line))]
+    return (named or lines or [""])[-1]
 
 
 def train(recipe: Recipe, processes: int, *, allow_fallback: bool, show: bool) -> dict[str, Any]:
@@ -58,7 +70,6 @@ def train(recipe: Recipe, processes: int, *, allow_fallback: bool, show: bool) -
     else:
         done = subprocess.run(command, text=True, capture_output=True)
     if done.returncode != 0:
-        printed = f"{done.stderr or ''}{done.stdout or ''}".split("\n")
-        raise RunError(next((line for line in reversed(printed) if line.strip()), f"ended with {done.returncode}"))
+        raise RunError(reason(done.stdout or "", done.stderr or "") or f"ended with {done.returncode}")
     summary = folder / "summary.json"
     return json.loads(summary.read_text()) if summary.exists() else {}
