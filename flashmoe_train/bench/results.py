@@ -78,7 +78,10 @@ class Results(BaseModel):
 
     def write(self, path: Path) -> None:
         content = self.hoisted().model_dump()
-        content["rows"] = [{k: _short(v) for k, v in row.items() if v not in ({}, "")} for row in content["rows"]]
+        content["rows"] = [
+            {k: _short(v, LOSS_DIGITS if k == "loss" else DIGITS) for k, v in row.items() if v not in ({}, "")}
+            for row in content["rows"]
+        ]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
@@ -94,15 +97,18 @@ class Results(BaseModel):
         return copy
 
 
-def _short(value: Any) -> Any:
-    """Four significant digits: more is noise, and makes the differences between two files unreadable. What JSON has no
-    number for, such as the loss of a run that diverged, is null."""
+# Significant ones: more is noise, and makes the differences between two files unreadable. Of losses what float32 has.
+DIGITS, LOSS_DIGITS = 4, 7
+
+
+def _short(value: Any, digits: int) -> Any:
+    """What JSON has no number for, such as the loss of a run that diverged, is null."""
     if isinstance(value, dict):
-        return {k: _short(v) for k, v in value.items()}
+        return {k: _short(v, digits) for k, v in value.items()}
     if isinstance(value, list):
-        return [_short(v) for v in value]
+        return [_short(v, digits) for v in value]
     if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
 
 

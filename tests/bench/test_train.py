@@ -13,7 +13,7 @@ from flashmoe_train.compare import Run
 from flashmoe_train.documents import ROOT, curves
 
 (BENCH,) = train.BENCHES
-LOSSES = {"stock": [3.0, 2.0], "flashmoe": [3.1, 2.3], "stock_again": [3.0, 2.1]}
+LOSSES = {"stock": [3.0, 2.0], "flashmoe": [3.1, 2.300001], "stock_again": [3.0, 2.1]}
 
 
 @pytest.fixture

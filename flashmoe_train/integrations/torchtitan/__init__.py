@@ -2,7 +2,8 @@
 
 - 0.2.x, by `[job] custom_config_module` or `[experimental] custom_import`: the model converter "flashmoe" and the
   `[flashmoe]` table that says what it swaps (`converters`);
-- 0.3.x, by `--override.imports`: the overrides of `overrides`, and the registry that reads recipes;
+- 0.3.x, by `--override.imports`: the overrides of `overrides`; by `--module` and `--config`: recipes, from its
+  `config_registry`;
 - both: the data sets "torch_sources" and "torch_sources_heldout".
 
 Nothing else of TorchTitan changes; `runner` starts it for `flashmoe train`.

@@ -2,12 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from flashmoe_train.doctor import examine
+from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.torchtitan.overrides import config_registry
 
 from .... import processes
 from .runs import STEPS, texts, train
@@ -32,6 +37,32 @@ def test_quickstart_trains_and_reports(tmp_path: Path) -> None:
         ("layers.*.moe.routed_experts.inner_experts", "GroupedExperts", "FlashMoEExperts", 2),
     ]
     assert "What was swapped" in done.stdout and "held-out loss" in done.stdout
+
+
+def test_titans_own_command_takes_recipes(tmp_path: Path) -> None:
+    """On CPUs only once our package has been imported, which tells TorchTitan of them."""
+    path = tmp_path / "my.toml"
+    sizes = "[training]\nsteps = 9\nseq_len = 64\n[torchtitan.metrics]\nlog_freq = 1\n"
+    path.write_text(f'framework = "torchtitan"\nconfig = "llama3_debug"\n{sizes}')
+    options = ["--config", str(path), "--training.steps", "2"]
+    module = "flashmoe_train.integrations.torchtitan.overrides"
+    start = "runpy.run_module('torchtitan.train', run_name='__main__')"
+    (tmp_path / "train.py").write_text(f"import runpy, flashmoe_train.integrations.torchtitan\n{start}\n")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "train.py", "--module", module]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4]), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    assert "Training completed" in printed and "FlashMoEAttention" in printed
+    assert re.search(r"step:\s+2\b", printed) and not re.search(r"step:\s+3\b", printed)
+
+
+def test_recipes_are_configurations_by_name() -> None:
+    assert callable(config_registry.quickstart)
+    with pytest.raises(UsageError, match=r"no recipe 'quickstrat'.*did you mean 'quickstart'"):
+        config_registry.quickstrat  # noqa: B018
 
 
 def _goes_on(root: Path, file: str, *changes: str) -> None:
