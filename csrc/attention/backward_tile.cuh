@@ -96,7 +96,8 @@ __device__ __forceinline__ bool is_seen(const Work& w, const Tile& tile) {
   return band_of(w, tile, tile.row).begin < band_of(w, tile, min(tile.row + S::KEYS, tile.rows) - 1).end;
 }
 
-// Of a document's step: where its statistics and sums lie. Documents begin anywhere, blocks of one do not meet those of the next.
+// Of a document's step: where its statistics and sums lie. Documents begin anywhere, blocks of one do not meet those of the
+// next.
 template <typename S>
 __device__ __forceinline__ int block_of(const Work& w, const Tile& tile, int head, int step) {
   return (tile.batch * w.query_heads + head) * w.blocks + place_of_document(tile.first_column, tile.document, S::QUERIES) +

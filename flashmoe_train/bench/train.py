@@ -58,8 +58,10 @@ class TrainBench(Bench):
             raise UsageError("a recipe trains on this machine's GPUs: --device cpu is not possible here")
         row = Row(case=case.as_json(), label=case.label, flashmoe_path=_path(stopwatch.device.type))
         losses = dict[str, list[float]]()
-        runs: list[tuple[str, Choice]] = [*zip(CHOICES, CHOICES, strict=True), *[(AGAIN, CHOICES[0])] * case.again]
-        for name, choice in runs:
+        runs: dict[str, Choice] = {choice: choice for choice in CHOICES}
+        if case.again:
+            runs[AGAIN] = "stock"
+        for name, choice in runs.items():
             try:
                 run = _train(case, choice)
             except launch.RunError as error:

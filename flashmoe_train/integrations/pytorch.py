@@ -133,9 +133,9 @@ class FlashMoETransformerEncoderLayer(nn.TransformerEncoderLayer):
         if src.is_nested:
             _warn("nested tensors have no shape")
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        attend = partial(self._sa_block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
+        block = partial(self._sa_block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
         if self.norm_first:
-            src = src + attend(self.norm1(src))
+            src = src + block(self.norm1(src))
             return src + self._ff_block(self.norm2(src))
-        src = self.norm1(src + attend(src))
+        src = self.norm1(src + block(src))
         return self.norm2(src + self._ff_block(src))

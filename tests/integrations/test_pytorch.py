@@ -177,20 +177,6 @@ def test_transformer_encoder_trains_the_same() -> None:
         torch.testing.assert_close(swapped.state_dict()[name], want, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """What our operator was called with."""
-    found: list[dict] = []
-    stock = sdpa.attention
-
-    def spy(*tensors: Tensor, **options: object) -> Tensor:
-        found.append(options)
-        return stock(*tensors, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(sdpa, "attention", spy)
-    return found
-
-
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("causal", [True, False])

@@ -15,19 +15,6 @@ from flashmoe_train.integrations import sdpa
 B, H, S, D = 2, 4, 11, 8
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    found: list[dict] = []
-    stock = sdpa.attention
-
-    def spy(*tensors: Tensor, **options: object) -> Tensor:
-        found.append(options)
-        return stock(*tensors, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(sdpa, "attention", spy)
-    return found
-
-
 def both(calls: list[dict], keys: int = S, heads: int = H, queries: int = S, **options: object) -> None:
     """Results and gradients by PyTorch's plain mathematics and by ours."""
     q = torch.randn(B, H, queries, D, requires_grad=True)

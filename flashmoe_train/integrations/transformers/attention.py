@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from flashmoe_train.integrations.sdpa import Visible, attend
 from flashmoe_train.integrations.transformers.masks import CausalMask, warn_stock
-from flashmoe_train.ops.attention import attention
 from flashmoe_train.ops.library import compute_dtype
 
 # What some models' attention adds to softmax(q kᵀ) v, and ours has not.
@@ -61,14 +61,8 @@ def attention_forward(
     bounds_q, bounds_k = attention_mask.cu_seqlens_q, attention_mask.cu_seqlens_k
     if bounds_q is None and others.get("cu_seq_lens_q") is not None:  # as flash_attention_2 has them
         bounds_q, bounds_k = (_bounds(others[f"cu_seq_lens_{side}"]) for side in "qk")
-    window = (None if attention_mask.window is None else attention_mask.window - 1, None)
-    if bounds_q is None:
-        return attention(q, k, v, causal=True, window=window, softmax_scale=scaling), None
-    packed = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
-    out = attention(
-        *packed, causal=True, window=window, softmax_scale=scaling, cu_seqlens_q=bounds_q, cu_seqlens_k=bounds_k
-    )
-    return out.view(*q.shape[:3], v.shape[3]), None
+    window = (None if attention_mask.window is None else attention_mask.window - 1, 0)
+    return attend(q, k, v, Visible(window, bounds_q, bounds_k), scaling), None
 
 
 def _bounds(cu_seqlens: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Framework-neutral sizes give the models that TorchTitan calls by the same names."""
 
 import dataclasses
-import tomllib
 from typing import Any
 
 import pytest
@@ -11,12 +10,9 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.torchtitan.converters import models
-from flashmoe_train.recipe import find, read
-from flashmoe_train.schema import Model, parse
+from flashmoe_train.schema import Model
 
-
-def sizes(config: str, changes: str = "") -> Model:
-    return parse(Model, read(find(config, "config")) | tomllib.loads(changes))
+from .sizes import REFUSED, sizes
 
 
 def arguments(model: Model, **choices: bool) -> Any:
@@ -72,17 +68,7 @@ def test_exact_experts_do_not_round() -> None:
     assert not arguments(sizes("qwen3_moe_debug"), exact=True).moe_args.use_grouped_mm
 
 
-@pytest.mark.parametrize(
-    "config, changes, text",
-    [
-        ("llama3_debug", "head_dim = 32", r"\[model\] head_dim = 32: in TorchTitan's llama3 it is hidden_size / heads"),
-        (
-            "qwen3_moe_debug",
-            "moe = { num_experts = 4, num_experts_per_tok = 1, moe_intermediate_size = 8, first_k_dense_replace = 1 }",
-            r"first_k_dense_replace: every layer of TorchTitan's qwen3 has experts",
-        ),
-    ],
-)
+@pytest.mark.parametrize("config, changes, text", REFUSED)
 def test_refuses_what_torchtitan_does_not_have(config: str, changes: str, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         arguments(sizes(config, changes))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashmoe_train.integrations.transformers import attention, experts, small
+from flashmoe_train.integrations import sdpa
+from flashmoe_train.integrations.transformers import experts, small
 from flashmoe_train.integrations.transformers.families import FAMILIES
 
 SUPPORTED = [family.model_type for family in FAMILIES if family.attention_why_not is None]
@@ -96,6 +97,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
         return call
 
-    monkeypatch.setattr(attention, "attention", spied("attention", attention.attention))
+    monkeypatch.setattr(sdpa, "attention", spied("attention", sdpa.attention))
     monkeypatch.setattr(experts, "moe", spied("moe", experts.moe))
     return found

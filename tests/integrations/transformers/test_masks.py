@@ -12,7 +12,7 @@ from transformers import StaticCache
 from transformers.masking_utils import chunked_causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 import flashmoe_train
-from flashmoe_train.integrations.transformers import attention as attention_module
+from flashmoe_train.integrations import sdpa
 from flashmoe_train.integrations.transformers.attention import attention_forward
 from flashmoe_train.integrations.transformers.masks import CausalMask, make_mask
 
@@ -216,7 +216,7 @@ def test_the_host_waits_once_a_mask(
 ) -> None:
     """However many layers share it. Transformers' own wait, whether positions are packed, comes on top."""
     # On the CPU the operator reads its bounds, on a GPU it does not.
-    monkeypatch.setattr(attention_module, "attention", lambda q, k, v, **options: v.repeat_interleave(2, dim=2))
+    monkeypatch.setattr(sdpa, "attention", lambda q, k, v, **options: v.repeat_interleave(2, dim=2))
     kinds = {"layer_types": ["full_attention", "sliding_attention"] * (layers // 2)} if masks == 2 else {}
     model, given = swapped(model_type, num_hidden_layers=layers, **kinds), inputs(case)
     assert reads(lambda: model(**given)) == masks * (waits + theirs)

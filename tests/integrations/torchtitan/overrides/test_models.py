@@ -1,7 +1,5 @@
 """Framework-neutral sizes give the models that TorchTitan 0.3.x calls by the same names."""
 
-import tomllib
-
 import pytest
 import torch
 from torchtitan.models.common import RMSNorm
@@ -9,12 +7,9 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.torchtitan.overrides import models
-from flashmoe_train.recipe import find, read
-from flashmoe_train.schema import Model, parse
+from flashmoe_train.schema import Model
 
-
-def sizes(config: str, changes: str = "") -> Model:
-    return parse(Model, read(find(config, "config")) | tomllib.loads(changes))
+from ..sizes import REFUSED, sizes
 
 
 def built(model: Model):
@@ -60,17 +55,7 @@ def test_sizes_that_no_flavor_has() -> None:
     assert built(sizes("deepseek_v3_debug", f"[moe]\n{moe}")).layers[1].moe.shared_experts is None
 
 
-@pytest.mark.parametrize(
-    "config, changes, text",
-    [
-        ("llama3_debug", "head_dim = 32", r"\[model\] head_dim = 32: in TorchTitan's llama3 it is hidden_size / heads"),
-        (
-            "qwen3_moe_debug",
-            "moe = { num_experts = 4, num_experts_per_tok = 1, moe_intermediate_size = 8, first_k_dense_replace = 1 }",
-            r"first_k_dense_replace: every layer of TorchTitan's qwen3 has experts",
-        ),
-    ],
-)
+@pytest.mark.parametrize("config, changes, text", REFUSED)
 def test_refuses_what_torchtitan_does_not_have(config: str, changes: str, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         built(sizes(config, changes))
