@@ -37,6 +37,7 @@ class Attention(nn.Module):
         causal: a token sees itself and what is before it.
         window: how many tokens to the left and right a token sees; None is unbounded.
         rope_theta: base of the rotary positions (the two halves of a head rotate together); None leaves them out.
+        deterministic: gradients are bitwise repeatable; default `torch.are_deterministic_algorithms_enabled()`.
 
     Raises ValueError if heads and dims do not fit together.
     """
@@ -51,6 +52,7 @@ class Attention(nn.Module):
         causal: bool = True,
         window: tuple[int | None, int | None] = (None, None),
         rope_theta: float | None = 10_000.0,
+        deterministic: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -66,6 +68,7 @@ class Attention(nn.Module):
             raise ValueError(f"head_dim must be positive, and even for rotary positions, found {head_dim}")
         check_window(window)
         self.head_dim, self.causal, self.window, self.rope_theta = head_dim, causal, window, rope_theta
+        self.deterministic = deterministic
         factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.wq = nn.Linear(dim, heads * head_dim, **factory)
         self.wk = nn.Linear(dim, kv_heads * head_dim, **factory)
@@ -85,7 +88,9 @@ class Attention(nn.Module):
             # Scores depend on differences of positions alone, so documents need no positions of their own.
             cos, sin = _angles(x.shape[1], self.head_dim, self.rope_theta, x.device)
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        out = attention(q, k, v, causal=self.causal, window=self.window, cu_seqlens_q=cu_seqlens)
+        out = attention(
+            q, k, v, causal=self.causal, window=self.window, cu_seqlens_q=cu_seqlens, deterministic=self.deterministic
+        )
         return self.wo(out.flatten(2))
 
     def extra_repr(self) -> str:

@@ -155,6 +155,7 @@ class Training(Table):
     precision: Literal["bfloat16", "float32"] | None = None  # of products; bfloat16 on GPUs, float32 without one
     compile: bool | None = None
     activation_checkpointing: Literal["none", "selective", "full"] | None = None
+    deterministic: bool | None = None  # sums in a fixed order: losses and gradients repeat bitwise
     validate_every: Count | None = None  # steps
     validate_steps: Count | None = None  # batches a validation
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flashmoe_train import attention, moe
@@ -67,6 +68,32 @@ def test_attention_kernel_reads_in_place(options: dict) -> None:
         module(torch.randn(2, 11, 128, dtype=torch.bfloat16))
         module(torch.randn(1, 11, 128, dtype=torch.bfloat16), torch.tensor([0, 5, 11], dtype=torch.int32))
     assert copied.calls == [{}, {}]
+
+
+class Deterministic(TorchDispatchMode):
+    """Collects what the attention operators were told about the order of sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.flashmoe.attention_forward.default, torch.ops.flashmoe.attention_backward.default):
+            self.told.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("said", [None, False, True])
+@pytest.mark.parametrize("process", [False, True])
+def test_deterministic_attention_reaches_the_operators(said: bool | None, process: bool) -> None:
+    module = Attention(32, 4, deterministic=said)
+    torch.use_deterministic_algorithms(process)
+    try:
+        with Deterministic() as found:
+            module(torch.randn(2, 11, 32)).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found.told == [process if said is None else said] * 2
 
 
 def test_attention_within_documents() -> None:

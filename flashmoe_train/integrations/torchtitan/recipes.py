@@ -27,6 +27,7 @@ _SAME = {
     "training.precision": "training.mixed_precision_param",
     "training.compile": "compile.enable",
     "training.activation_checkpointing": "activation_checkpoint.mode",
+    "training.deterministic": "debug.deterministic",
     "training.validate_every": "validation.freq",
     "training.validate_steps": "validation.steps",
     "parallel.replicate": "parallelism.data_parallel_replicate_degree",

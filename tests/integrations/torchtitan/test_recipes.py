@@ -26,6 +26,7 @@ def test_shared_keys_reach_torchtitan(monkeypatch: pytest.MonkeyPatch) -> None:
     found = job_of(
         "training.precision=bfloat16",
         "training.compile=true",
+        "training.deterministic=true",
         "training.activation_checkpointing=selective",
         "parallel.tensor=2",
         "parallel.replicate=2",
@@ -50,6 +51,7 @@ def test_shared_keys_reach_torchtitan(monkeypatch: pytest.MonkeyPatch) -> None:
         "optimizer.eps": 1e-6,
         "lr_scheduler.warmup_steps": 8,
         "debug.seed": 0,
+        "debug.deterministic": True,
         "compile.enable": True,
         "activation_checkpoint.mode": "selective",
         "activation_checkpoint.selective_ac_option": "op",

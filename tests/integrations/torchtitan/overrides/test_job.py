@@ -44,6 +44,7 @@ def test_large_recipes_are_the_same_models(name: str, processes: int) -> None:
 def test_keys_that_moved_and_keys_that_became_something_else() -> None:
     config = config_of(
         "training.activation_checkpointing=full",
+        "training.deterministic=true",
         "torchtitan.optimizer.beta2=0.9",
         "torchtitan.optimizer.eps=1e-6",
         "torchtitan.profiling.enable_profiling=true",
@@ -56,7 +57,8 @@ def test_keys_that_moved_and_keys_that_became_something_else() -> None:
     group = config.optimizer.param_groups[0].optimizer_kwargs
     assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.9, 0.9), 1e-6)
     assert type(config.activation_checkpoint) is FullAC.Config and config.profiler.enable_profiling
-    assert config.debug.print_config and config.parallelism.spmd_backend == "partial_dtensor"
+    assert config.debug.print_config and config.debug.deterministic
+    assert config.parallelism.spmd_backend == "partial_dtensor"
     assert (config.dump_folder, config.dataloader.dataset) == ("outputs/quickstart", "torch_sources")
     assert (config.validator.freq, config.validator.dataloader.dataset) == (40, "torch_sources_heldout")
     assert config.parallelism.tensor_parallel_degree == 2
