@@ -54,6 +54,10 @@ __device__ __forceinline__ void store_shared(uint32_t address, float a, float b,
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
+}
+
 // 16 bytes, or as many zeros where `valid` is false: `source` is then not read but still has to be an address. Lands by the
 // generic proxy: a consumer that feeds wgmma waits for the barrier, then fence_proxy_async().
 __device__ __forceinline__ void copy_async(uint32_t destination, const void* source, bool valid) {

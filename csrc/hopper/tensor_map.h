@@ -23,7 +23,8 @@ struct MapElement {
   CUtensorMapDataType type;
   int64_t bytes;
 };
-constexpr MapElement MAP_BFLOAT16{CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2}, MAP_FLOAT16{CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2};
+constexpr MapElement MAP_BFLOAT16{CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2}, MAP_FLOAT16{CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2},
+    MAP_FLOAT32{CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4};
 
 // cuTensorMapEncodeTiled, found at run time: nothing links to the driver, so the library loads where there is none.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {

@@ -72,6 +72,13 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* ti
                : "memory");
 }
 
+// Adds instead, each element by itself atomically, in the type that the map says.
+__device__ __forceinline__ void tma_add(const CUtensorMap* map, const void* tile, int x, int y, int z) {
+  asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+               "r"(shared_address(tile)), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+
 // Adds neighbouring floats to as many in global memory, each by itself atomically and in whatever order; else like a store.
 __device__ __forceinline__ void bulk_add(float* sums, const float* terms, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(sums),

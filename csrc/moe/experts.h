@@ -98,6 +98,12 @@ cudaError_t moe_up_backward(const MoEUpBackwardParams& params, cudaStream_t stre
 // Gradients of weights, zeros for experts without rows. Each column of d is on its own in them: what is given, and written,
 // may be any `columns` of d's.
 
+// Where they go.
+struct GradientSums {
+  bool wide;  // float32, else the operands' dtype
+  bool add;   // to what is there
+};
+
 // dw2 = dyT a of every expert.
 struct MoEWeightGradientDownParams {
   Experts experts;
@@ -106,6 +112,7 @@ struct MoEWeightGradientDownParams {
   Matrix dy;    // [R, columns]
   Matrix a;     // [R, n]
   Weights dw2;  // [E, columns, n]
+  GradientSums to;
 };
 cudaError_t moe_weight_gradient_down(const MoEWeightGradientDownParams& params, cudaStream_t stream);
 
@@ -117,6 +124,7 @@ struct MoEWeightGradientUpParams {
   Matrix dh;         // [R, 2 n]
   Matrix x;          // [R, columns]
   Weights dw1, dw3;  // [E, n, columns]
+  GradientSums to;
 };
 cudaError_t moe_weight_gradient_up(const MoEWeightGradientUpParams& params, cudaStream_t stream);
 

@@ -160,22 +160,41 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], Shared<T, Tile>& sha
   if (steps > 0 && speaks) shared.ring.release(previous);
 }
 
-// 64 columns of a warpgroup's results, packed, into one of its slabs; and from there to memory by TMA: `put` by one thread.
-// While a slab leaves, the next one is written, or the next tile computed. Each staging is followed by one sending.
-template <typename T, typename Tile>
-__device__ __forceinline__ T* stage(const uint32_t (&pairs)[16], Shared<T, Tile>& shared, int warpgroup, int& slab) {
+// 128 bytes of each of a warpgroup's 64 rows into one of its slabs, by `write(its address)`; and from there to memory by TMA:
+// `put` by one thread. While a slab leaves, the next one is written, or the next tile computed. Each staging is followed by
+// one sending.
+template <typename T, typename Tile, typename Write>
+__device__ __forceinline__ T* stage(Shared<T, Tile>& shared, int warpgroup, int& slab, Write write) {
   T* const results = shared.results[warpgroup][slab];
   slab = (slab + 1) % SLABS;
   if (threadIdx.x % 128 == 0) tma_wait_read<SLABS - 1>();
   barrier_sync(WARPGROUP + warpgroup, 128);
-  const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-#pragma unroll
-  for (int i = 0; i < 16; i += 4)  // 16 columns
-    stmatrix(shared_address(results) + tile_offset(64, row, i * 4 + lane / 16 * 8), pairs[i], pairs[i + 1], pairs[i + 2],
-             pairs[i + 3]);
+  write(shared_address(results));
   fence_proxy_async();
   barrier_sync(WARPGROUP + warpgroup, 128);
   return results;
+}
+// 64 columns of results, packed.
+template <typename T, typename Tile>
+__device__ __forceinline__ T* stage(const uint32_t (&pairs)[16], Shared<T, Tile>& shared, int warpgroup, int& slab) {
+  return stage(shared, warpgroup, slab, [&](uint32_t results) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int i = 0; i < 16; i += 4)  // 16 columns
+      stmatrix(results + tile_offset(64, row, i * 4 + lane / 16 * 8), pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]);
+  });
+}
+// 32 columns of the sums themselves.
+template <typename T, typename Tile>
+__device__ __forceinline__ T* stage(const float (&sums)[16], Shared<T, Tile>& shared, int warpgroup, int& slab) {
+  return stage(shared, warpgroup, slab, [&](uint32_t results) {
+    const int row = fragment_row(threadIdx.x % 128), column = fragment_column(threadIdx.x % 128);
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {  // 8 columns; a float is as wide as two elements of a tile
+      store_shared(results + tile_offset(64, row, (2 * i + column) * 2), sums[i], sums[i + 1]);
+      store_shared(results + tile_offset(64, row + 8, (2 * i + column) * 2), sums[i + 2], sums[i + 3]);
+    }
+  });
 }
 template <typename Put>
 __device__ __forceinline__ void send(Put put) {
@@ -184,21 +203,27 @@ __device__ __forceinline__ void send(Put put) {
   tma_commit();
 }
 
-// The sums from `first` on, packed as `stage` wants them.
+// The sums from `first` on, as `stage` wants them: packed in pairs, or as they are.
 template <typename T>
 __device__ __forceinline__ void pack_columns(const float (&d)[COUNT], int first, uint32_t (&pairs)[16]) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) pairs[i] = pack<T>(d[first + 2 * i], d[first + 2 * i + 1]);
+}
+template <typename T>
+__device__ __forceinline__ void pack_columns(const float (&d)[COUNT], int first, float (&sums)[16]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) sums[i] = d[first + i];
 }
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
 template <typename T>
 constexpr MapElement map_element() {
+  if (std::is_same_v<T, float>) return MAP_FLOAT32;
   return std::is_same_v<T, __half> ? MAP_FLOAT16 : MAP_BFLOAT16;
 }
 
-// Of a matrix of rows, of which a copy takes `box` rows and 64 columns.
+// Of a matrix of rows, of which a copy takes `box` rows and 128 bytes of columns.
 template <typename T>
 CUtensorMap rows_map(const char* name, const Matrix& x, int64_t rows, int64_t columns, int box) {
   return tensor_map(name, x.data, map_element<T>(), {{columns, 64, 2}, {rows, box, x.stride * 2}});
@@ -207,8 +232,9 @@ CUtensorMap rows_map(const char* name, const Matrix& x, int64_t rows, int64_t co
 // Of the experts' weights [experts, rows, columns], likewise.
 template <typename T>
 CUtensorMap weights_map(const char* name, const Weights& w, int64_t experts, int64_t rows, int64_t columns, int box) {
+  constexpr int64_t bytes = sizeof(T);
   return tensor_map(name, w.data, map_element<T>(),
-                    {{columns, 64, 2}, {rows, box, w.row_stride * 2}, {experts, 1, w.expert_stride * 2}});
+                    {{columns, 128 / bytes, bytes}, {rows, box, w.row_stride * bytes}, {experts, 1, w.expert_stride * bytes}});
 }
 
 }  // namespace

@@ -3,19 +3,21 @@
 //   dw2 = dyT a        dw1 = dgateT x    dw3 = dupT x
 //
 // Both operands lie in memory by rows, and are contracted over them. Rows of the next expert in the last stage are zeroed in
-// both: 0 times NaN would be NaN. An expert without rows gets zeros.
+// both: 0 times NaN would be NaN. An expert without rows gets zeros. Results are rounded to the operands' type or stay float32,
+// and are stored, or added to what is there: by the copy engine, once for every element.
 #include "moe/grouped.cuh"
 
 namespace flashmoe {
 namespace {
 
-// What a kernel is given: out[part][e] = a[rows of e, part]T b[rows of e], parts of `height` columns.
+// What a kernel is given: out[part][e] = a[rows of e, part]T b[rows of e], or +=; parts of `height` columns.
 struct Work {
   CUtensorMap a, b, out[2];
   const int32_t* offsets;
   int32_t* claimed;
   int experts, rows, height, width;
   int parts, high, columns;  // tiles that cover a part's height, and the width
+  bool add;
 };
 
 struct Tile {
@@ -66,7 +68,7 @@ __device__ __forceinline__ void clear_rows(Shared<T, Tile>& shared, int stage, i
   barrier_sync(CONSUMERS, 256);
 }
 
-template <typename T>
+template <typename T, typename Out>
 __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
   const uint64_t a = mn_major(shared_address(shared.a) + warpgroup * DEPTH * 128, DEPTH * 128);
   const uint64_t b = mn_major(shared_address(shared.b), DEPTH * 128);
@@ -79,21 +81,26 @@ __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
     });
     const int row = tile.row + warpgroup * 64;
     if (row >= w.height) return;
+    if (tile.steps == 0 && w.add) return;
+    constexpr int SLAB_COUNT = 16 * 4 / sizeof(Out);  // accumulators that fill a slab: 64 columns, or 32 of float32
 #pragma unroll
-    for (int i = 0; i < COUNT; i += 32) {  // 64 columns
-      uint32_t pairs[16];
-      pack_columns<T>(d, i, pairs);
+    for (int i = 0; i < COUNT; i += SLAB_COUNT) {
+      std::conditional_t<std::is_same_v<Out, float>, float, uint32_t> values[16];
+      pack_columns<Out>(d, i, values);
       if (tile.steps == 0)
-        for (uint32_t& pair : pairs) pair = 0;
+        for (auto& value : values) value = 0;
       const int column = tile.column + 2 * i;
       if (column >= w.width) break;
-      const T* const results = stage(pairs, shared, warpgroup, slab);
-      send([&] { tma_store(&w.out[tile.part], results, column, row, tile.expert); });
+      const T* const results = stage(values, shared, warpgroup, slab);
+      send([&] {
+        if (w.add) tma_add(&w.out[tile.part], results, column, row, tile.expert);
+        else tma_store(&w.out[tile.part], results, column, row, tile.expert);
+      });
     }
   });
 }
 
-template <typename T>
+template <typename T, typename Out>
 __global__ void __launch_bounds__(THREADS, 1) weight_gradient_kernel(const __grid_constant__ Work w) {
   auto& shared = shared_storage<Shared<T, Tile>>();
   prepare(shared);
@@ -102,38 +109,43 @@ __global__ void __launch_bounds__(THREADS, 1) weight_gradient_kernel(const __gri
     if (threadIdx.x < 32 && elected()) produce<T>(w, shared);
   } else {
     more_registers<CONSUMER_REGISTERS>();
-    consume<T>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
+    consume<T, Out>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }
 }
 
 // -------------------------------------------------------------------------------------------------------------- launch
 
-template <typename T>
+template <typename T, typename Out>
 cudaError_t run(const Experts& e, int32_t* claimed, const Matrix& a, const Matrix& b, int height, int width,
-                std::initializer_list<Weights> out, cudaStream_t stream) {
+                std::initializer_list<Weights> out, bool add, cudaStream_t stream) {
   Work w{};
   w.a = rows_map<T>("the left rows", a, e.rows, int64_t(out.size()) * height, DEPTH);
   w.b = rows_map<T>("the right rows", b, e.rows, width, DEPTH);
   w.claimed = claimed, w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
   int i = 0;
-  for (const Weights& part : out) w.out[i++] = weights_map<T>("the gradient", part, e.count, height, width, 64);
+  for (const Weights& part : out) w.out[i++] = weights_map<Out>("the gradient", part, e.count, height, width, 64);
+  w.add = add;
   w.height = height, w.width = width, w.parts = int(out.size());
   w.high = (height + TILE_ROWS - 1) / TILE_ROWS, w.columns = (width + TILE_COLUMNS - 1) / TILE_COLUMNS;
   int blocks = 0;
   if (const cudaError_t error = multiprocessors(blocks)) return error;
-  return launch(weight_gradient_kernel<T>, {dim3(blocks), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
+  return launch(weight_gradient_kernel<T, Out>, {dim3(blocks), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
+}
+
+auto run_of(const Experts& e, const GradientSums& to) {
+  if (e.half) return to.wide ? run<__half, float> : run<__half, __half>;
+  return to.wide ? run<__nv_bfloat16, float> : run<__nv_bfloat16, __nv_bfloat16>;
 }
 
 }  // namespace
 
 cudaError_t moe_weight_gradient_down(const MoEWeightGradientDownParams& p, cudaStream_t stream) {
-  const auto down = p.experts.half ? run<__half> : run<__nv_bfloat16>;
-  return down(p.experts, p.claimed, p.dy, p.a, p.columns, p.experts.hidden, {p.dw2}, stream);
+  return run_of(p.experts, p.to)(p.experts, p.claimed, p.dy, p.a, p.columns, p.experts.hidden, {p.dw2}, p.to.add, stream);
 }
 
 cudaError_t moe_weight_gradient_up(const MoEWeightGradientUpParams& p, cudaStream_t stream) {
-  const auto up = p.experts.half ? run<__half> : run<__nv_bfloat16>;
-  return up(p.experts, p.claimed, p.dh, p.x, p.experts.hidden, p.columns, {p.dw1, p.dw3}, stream);
+  return run_of(p.experts, p.to)(p.experts, p.claimed, p.dh, p.x, p.experts.hidden, p.columns, {p.dw1, p.dw3}, p.to.add,
+                                 stream);
 }
 
 }  // namespace flashmoe

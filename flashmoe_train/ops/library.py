@@ -33,6 +33,8 @@ COMPILED = frozenset(
         "route_plan",
         "moe_forward",
         "moe_backward",
+        "moe_backward_data",
+        "moe_weight_gradients_",
         "moe_glu",
         "moe_glu_backward",
         "moe_permute",

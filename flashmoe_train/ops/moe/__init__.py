@@ -14,7 +14,7 @@ Method: token-choice routing (Shazeer et al., 2017, arXiv:1701.06538); the six g
 with nothing recomputed and no saved copy of the gathered tokens as in SonicMoE (Guo et al., 2025, arXiv:2512.14080).
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,10 @@ from flashmoe_train.ops.moe.checks import (
     check,
     check_experts,
     check_routing,
+    check_sums,
 )
 from flashmoe_train.ops.moe.experts import moe_forward
+from flashmoe_train.ops.moe.gradients import Experts, WeightGradients, Weights
 from flashmoe_train.ops.moe.plan import RoutePlan, route_plan
 from flashmoe_train.ops.moe.router import Routing, router_topk
 from flashmoe_train.ops.moe.rows import moe_combine, moe_permute
@@ -38,6 +40,7 @@ __all__ = [
     "RoutePlan",
     "Routing",
     "ScoreMode",
+    "WeightGradients",
     "moe",
     "moe_combine",
     "moe_permute",
@@ -59,6 +62,7 @@ def moe(
     weights: Tensor,
     *,
     score_mode: ScoreMode = "combine",
+    gradients: WeightGradients | None = None,
 ) -> Tensor:
     """Routed SwiGLU experts over tokens, with gradients for x, the experts' weights and the router's weights.
 
@@ -71,6 +75,7 @@ def moe(
         weights: router weights `[T, K]`, float32.
         score_mode: where the router weight multiplies: "combine", the expert's output in float32 (TorchTitan's
             convention), or "activation", the hidden activation (Megatron's). The same function, rounded elsewhere.
+        gradients: where backward adds the gradients of w1, w2 and w3; default: they are autograd's.
 
     Returns:
         `[T, d]` in x's dtype.
@@ -85,12 +90,21 @@ def moe(
     plan = route_plan(ids, w1.shape[0])
     check(x, w1, w2, w3, weights, *plan, score_mode)  # the compiled code's own errors are RuntimeErrors
     if supports(MoECase.of(x, w1)) is None:
-        return moe_forward(x, w1, w2, w3, weights, *plan, score_mode)[0]
+        return _experts(x, w1, w2, w3, weights, plan, score_mode, gradients)
+    if gradients is not None:
+        w1, w2, w3 = _into(gradients, x, w1, w2, w3)
     return fallback.moe(x, w1, w2, w3, weights, plan, score_mode)
 
 
 def moe_rows(
-    rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offsets: Tensor, weights: Tensor | None = None
+    rows: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    offsets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    gradients: WeightGradients | None = None,
 ) -> Tensor:
     """The experts alone, on rows that are sorted by expert already: what an exchange between processes delivers.
 
@@ -100,6 +114,7 @@ def moe_rows(
         w1, w2, w3: as in `moe`.
         offsets: int32 `[E + 1]`, not decreasing, from 0 to at most R.
         weights: float32 `[R]`, multiplies the hidden activation of each row (score_mode "activation").
+        gradients: where backward adds the gradients of w1, w2 and w3; default: they are autograd's.
 
     Returns:
         `[R, d]` in the dtype of rows; zeros in rows that belong to nobody.
@@ -111,8 +126,37 @@ def moe_rows(
     check_experts(w1)
     check(rows, w1, w2, w3, weights, offsets, None, None, "activation")
     if supports(MoECase.of(rows, w1)) is None:
-        return moe_forward(rows, w1, w2, w3, weights, offsets, None, None, "activation")[0]
+        return _experts(rows, w1, w2, w3, weights, (offsets, None, None), "activation", gradients)
+    if gradients is not None:
+        w1, w2, w3 = _into(gradients, rows, w1, w2, w3)
     return fallback.moe_rows(rows, w1, w2, w3, offsets, weights)
+
+
+def _experts(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    weights: Tensor | None,
+    plan: RoutePlan | tuple[Tensor, None, None],
+    score_mode: ScoreMode,
+    gradients: WeightGradients | None,
+) -> Tensor:
+    inputs = (x, w1, w2, w3, weights, *plan, score_mode)
+    if gradients is None:
+        return moe_forward(*inputs)[0]
+    check_sums(gradients.sums, w1.shape, x)
+    return _added(Experts, gradients, *inputs)
+
+
+def _into(gradients: WeightGradients, x: Tensor, *w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_sums(gradients.sums, w[0].shape, x)
+    return _added(Weights, gradients, *w)
+
+
+@torch.compiler.disable(reason="gradients of weights are added to tensors that the compiler does not see")
+def _added(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    return function.apply(*inputs)
 
 
 class MoECase(NamedTuple):

@@ -95,37 +95,82 @@ def check(
         if w.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, found {w.device}")
         check_contiguous(name, w)
-    check_indices("offsets", offsets, 1, x.device)
-    if offsets.shape[0] != experts + 1:
-        raise ValueError(f"offsets must be [experts + 1] = [{experts + 1}], found {list(offsets.shape)}")
     if score_mode not in SCORE_MODES:
         raise ValueError(f"score_mode must be one of {SCORE_MODES}, found {score_mode!r}")
-    rows = _check_plan(x, weights, row_slot, slot_row, score_mode)
+    rows = _check_plan(x, experts, offsets, row_slot, slot_row)
+    if weights is not None:
+        check_weights(weights, x.shape[:1] if slot_row is None else slot_row.shape, x)
+        if slot_row is None and score_mode != "activation":
+            raise ValueError("weights of rows multiply the activation: score_mode must be 'activation'")
     for name, tensor, wanted in (("dout", dout, (x.shape[0], model)), ("h", h, (rows, 2 * hidden))):
         if tensor is not None:
-            check_matrix(name, tensor)
-            if tuple(tensor.shape) != wanted:
-                raise ValueError(f"{name} must be {list(wanted)}, found {list(tensor.shape)}")
-            if tensor.dtype != x.dtype:
-                raise TypeError(f"{name} must have x's dtype {x.dtype}, found {tensor.dtype}")
+            _check_like(name, tensor, wanted, x)
     return rows
 
 
-def _check_plan(
-    x: Tensor, weights: Tensor | None, row_slot: Tensor | None, slot_row: Tensor | None, score_mode: str
+def check_weight_gradients(
+    dw1: Tensor,
+    dw2: Tensor,
+    dw3: Tensor,
+    dout: Tensor,
+    x: Tensor,
+    dh: Tensor,
+    a: Tensor,
+    offsets: Tensor,
+    row_slot: Tensor | None,
+    slot_row: Tensor | None,
 ) -> int:
+    """Checks the arguments of `moe_weight_gradients_`; returns R."""
+    check_matrix("x", x)
+    if dw1.dim() != 3:
+        raise ValueError(f"dw1 must be [experts, hidden dim, model dim], found {list(dw1.shape)}")
+    experts, hidden, _ = dw1.shape
+    model = x.shape[1]
+    check_sums((dw1, dw2, dw3), (experts, hidden, model), x)
+    rows = _check_plan(x, experts, offsets, row_slot, slot_row)
+    for name, tensor, wanted in (
+        ("dout", dout, (x.shape[0], model)),
+        ("dh", dh, (rows, 2 * hidden)),
+        ("a", a, (rows, hidden)),
+    ):
+        _check_like(name, tensor, wanted, x)
+    return rows
+
+
+def check_sums(sums: Sequence[Tensor], w1_shape: Sequence[int], x: Tensor) -> None:
+    """Raises unless gradients of w1, w2 and w3 can be added to `sums`."""
+    experts, hidden, model = w1_shape
+    allowed = {x.dtype, accumulation_dtype(x.dtype)}
+    for number, dw in enumerate(sums, 1):
+        name, shape = f"dw{number}", (experts, model, hidden) if number == 2 else (experts, hidden, model)
+        if tuple(dw.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)}, found {list(dw.shape)}")
+        if dw.dtype not in allowed or dw.dtype != sums[0].dtype:
+            names = " or ".join(sorted(map(str, allowed)))
+            raise TypeError(f"dw1, dw2 and dw3 must have one dtype beside {x.dtype}, {names}, found {name} {dw.dtype}")
+        if dw.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, found {dw.device}")
+        check_contiguous(name, dw)
+
+
+def _check_like(name: str, tensor: Tensor, shape: tuple[int, int], x: Tensor) -> None:
+    check_matrix(name, tensor)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {list(shape)}, found {list(tensor.shape)}")
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, found {tensor.dtype}")
+
+
+def _check_plan(x: Tensor, experts: int, offsets: Tensor, row_slot: Tensor | None, slot_row: Tensor | None) -> int:
+    check_indices("offsets", offsets, 1, x.device)
+    if offsets.shape[0] != experts + 1:
+        raise ValueError(f"offsets must be [experts + 1] = [{experts + 1}], found {list(offsets.shape)}")
     if (row_slot is None) != (slot_row is None):
         raise ValueError("row_slot and slot_row must be given together")
     if row_slot is None or slot_row is None:
-        if weights is not None:
-            check_weights(weights, x.shape[:1], x)
-            if score_mode != "activation":
-                raise ValueError("weights of rows multiply the activation: score_mode must be 'activation'")
         return x.shape[0]
     check_indices("row_slot", row_slot, 1, x.device)
     check_indices("slot_row", slot_row, 2, x.device)
     if slot_row.shape[0] != x.shape[0]:
         raise ValueError(f"slot_row must have a row per token of x, found {list(slot_row.shape)} and {list(x.shape)}")
-    if weights is not None:
-        check_weights(weights, slot_row.shape, x)
     return row_slot.shape[0]
