@@ -173,7 +173,7 @@ def test_writes_or_adds(case: Case, device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device: str) -> None:
-    data, given = part_arguments(Case(routing="skipped"), device)
+    data, given = part_arguments(Case(), device)  # rows of nobody hold anything
     assert_opcheck(ops.moe_backward_data.default, data)
     sums = random_sums(data[2:5], torch.float32)
     for accumulate in (False, True):

@@ -5,7 +5,8 @@ x's dtype; everything else that backward needs is an input. With `row_slot` and 
 without them both hold rows that are sorted by expert already.
 
 `moe_backward_data` gives what other layers wait for, and what `moe_weight_gradients_` makes the gradients of the
-experts' weights from: the gradient of h, and `a` `[R, n]`, the weighted activation.
+experts' weights from: the gradient of h, and `a` `[R, n]`, the weighted activation. In h and in both of these, rows
+that belong to nobody may hold anything.
 """
 
 from typing import Any
