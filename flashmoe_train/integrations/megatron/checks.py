@@ -29,8 +29,20 @@ def attention(config: Any, dropout: float | None = None) -> None:
     )
 
 
+def parallelism(config: Any) -> None:
+    """Raises UsageError for what Megatron trains without an error and wrongly."""
+    tensor, of_experts = config.tensor_model_parallel_size, config.expert_tensor_parallel_size
+    if config.num_moe_experts and config.expert_model_parallel_size == 1 and of_experts not in (None, tensor):
+        raise UsageError(
+            f"expert_tensor_parallel_size = {of_experts} with tensor_model_parallel_size = {tensor} and no expert "
+            "parallelism: Megatron does not sum the experts' gradients over all processes with other tokens, and their "
+            f"experts drift apart; set expert_tensor_parallel_size = {tensor}, or expert_model_parallel_size > 1"
+        )
+
+
 def experts(config: Any) -> None:
     """Raises UsageError unless swapped experts compute what the TransformerConfig asks for."""
+    parallelism(config)
     swiglu = config.gated_linear_unit and config.activation_func is F.silu
     altered = config.activation_func_clamp_value is not None or config.glu_linear_offset != 0
     _refuse(

@@ -122,7 +122,8 @@ class FlashMoEExperts(MegatronModule):
             for name, (home, _) in _HOME.items()
             for parameter in [getattr(self, name)]
         }
-        return weights | self._extra_states(prefix, sharded_offsets, apart, replica)
+        of_linear = (0, self.tp_group.rank(), self.dp_group.rank())
+        return weights | self._extra_states(prefix, sharded_offsets, apart, of_linear)
 
     def _extra_states(self, prefix: str, offsets: tuple, apart: bool, replica: tuple) -> dict[str, Any]:
         """Nothing, of every linear layer that stock's experts have: it keeps a place for TransformerEngine's there."""

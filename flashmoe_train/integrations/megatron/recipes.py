@@ -109,6 +109,7 @@ def resolve(recipe: Recipe, processes: int) -> Plan:
     _say_precision(job, recipe)
     _say_training(job, recipe, steps)
     config, optimizer, ddp, scheduler = _configurations(job, arguments.latent)
+    checks.parallelism(config)
     if recipe.swap.attention == "flashmoe":
         checks.attention(config)
     elif arguments.latent:
@@ -216,7 +217,7 @@ def _say_parallelism(job: Job, layout: Layout, model: Model) -> None:
     job.default("config.sequence_parallel", layout.tensor > 1)
     if model.moe is not None:
         job.say("config.expert_model_parallel_size", layout.expert, "[parallel] expert")
-        job.default("config.expert_tensor_parallel_size", 1)
+        job.default("config.expert_tensor_parallel_size", 1 if layout.expert > 1 else layout.tensor)
         job.default("config.moe_token_dispatcher_type", "alltoall")
         job.default("config.moe_router_dtype", "fp32")
         if layout.tensor > 1 and not job.get("config.sequence_parallel"):
