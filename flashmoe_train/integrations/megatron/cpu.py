@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 _FACTORIES = ("zeros", "ones", "tensor", "empty", "full", "arange", "empty_like", "zeros_like")
 
@@ -48,6 +49,7 @@ def _adjustments() -> Iterator[tuple[Any, str, Any]]:
     """(where, name, what it becomes)."""
     # Parameters, buffers and position ids are made on torch.cuda.current_device(), or on device "cuda".
     yield torch.cuda, "current_device", lambda: torch.device("cpu")
+    _device_constructors()  # remembers, the first time, what `with torch.device("meta")` is to catch: not our wrappers
     for name in _FACTORIES:
         yield torch, name, _on_cpu(getattr(torch, name))
     # Checkpoints of the distributed optimizer are gathered on the device.
