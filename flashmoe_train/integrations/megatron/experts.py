@@ -237,10 +237,9 @@ class LocalDispatcher(MoETokenDispatcher):
         chosen, ids = routing_map.to(torch.int8).topk(min(self.config.moe_router_topk, routing_map.shape[1]), dim=1)
         # A token that was dropped by an expert has fewer than K: the rest are -1, which come last.
         ids = ids.masked_fill(chosen == 0, routing_map.shape[1]).sort(dim=1).values
-        has = ids < routing_map.shape[1]
-        weights = probs.gather(1, ids.masked_fill(~has, 0)).masked_fill(~has, 0)
-        self.ids = ids.masked_fill(~has, -1)
-        return hidden.reshape(-1, self.shape[-1]), weights
+        none = ids == routing_map.shape[1]
+        self.ids = ids.masked_fill(none, -1)
+        return hidden.reshape(-1, self.shape[-1]), probs.gather(1, ids.masked_fill(none, 0))  # the operator skips -1
 
     def token_dispatch(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, probs

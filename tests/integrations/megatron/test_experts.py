@@ -165,18 +165,20 @@ def test_delayed_gradients_wait_for_backward_dw() -> None:
     options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, delay_wgrad_compute=True)
     wrapped = DistributedDataParallel(delayed, options, later)
     inputs = [x.detach() * factor for factor in (1.0, 2.0)]
+    after = []
     for one in inputs:
         now(one, counts, probs.detach())[0].square().sum().backward()
+        after.append([p.grad.clone() for p in now.parameters()])
     outs = [wrapped(one.requires_grad_(), counts, probs.detach())[0] for one in inputs]
     for number, out in enumerate(outs):
         out.square().sum().backward()
         assert inputs[number].grad is not None
     assert all(not p.main_grad.any() for p in later.parameters())
-    for _ in outs:
+    for wanted in after:  # the oldest first
         later.backward_dw()
+        torch.testing.assert_close([p.main_grad for p in later.parameters()], wanted)
     later.backward_dw()  # nothing is left
-    for own, wanted in zip(later.parameters(), now.parameters(), strict=True):
-        torch.testing.assert_close(own.main_grad, wanted.grad)
+    torch.testing.assert_close([p.main_grad for p in later.parameters()], after[-1])
 
 
 @pytest.mark.parametrize(
@@ -206,6 +208,17 @@ def test_the_whole_layer_computes_as_stock(options: dict[str, Any]) -> None:
     for wanted, found in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted)
     stock.load_state_dict(ours.state_dict())
+
+
+def test_tokens_that_lost_an_expert() -> None:
+    """A slot that was dropped is nobody's: not one more of the first expert's."""
+    _, ours = layers()
+    dispatcher = ours.token_dispatcher
+    routing_map = torch.tensor([[1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    probs = torch.rand(3, EXPERTS) * routing_map
+    tokens, weights = dispatcher.dispatch_preprocess(torch.randn(3, 1, DIM), routing_map, probs)
+    assert tokens.shape == (3, DIM) and dispatcher.ids.tolist() == [[0, 3], [0, -1], [-1, -1]]
+    assert torch.equal(weights[dispatcher.ids >= 0], probs[routing_map])
 
 
 @pytest.mark.parametrize(
