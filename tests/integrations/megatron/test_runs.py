@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from flashmoe_train import recipe
 from flashmoe_train.compare import compare
@@ -69,15 +68,14 @@ def test_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _keeps(root: Path) -> None:
     tokens = root / "tokens.bin"
     given = jobs.recipe_of("dense", root / "run", tokens, "checkpoint.every=1", "checkpoint.keep=2", "training.steps=4")
-    jobs.train(given)
+    whole = jobs.train(given)
     (root / "run/checkpoint/unfinished").mkdir()  # as a run leaves it that is killed in a save
-    start = jobs.recipe_of("dense", root / "again", tokens, f"checkpoint.start_from={root / 'run/checkpoint/step-4'}")
-    first = jobs.train(start.model_copy(update={"swap": Swap(attention="stock", moe="stock")}))
-    assert first is not None
-    (root / "first.json").write_text(json.dumps(first.losses[0]))
+    start = f"checkpoint.start_from={root / 'run/checkpoint/step-4'}"
+    stock = {"swap": Swap(attention="stock", moe="stock")}
+    first = jobs.train(jobs.recipe_of("dense", root / "again", tokens, start).model_copy(update=stock))
+    assert whole is not None and first is not None and first.losses[0] < whole.losses[0] - 0.05
     with pytest.raises(UsageError, match="does not fit the model"):
-        jobs.train(jobs.recipe_of("moe", root / "other", tokens, f"checkpoint.start_from={root}/run/checkpoint/step-4"))
-    dist.barrier()
+        jobs.train(jobs.recipe_of("moe", root / "other", tokens, start))
 
 
 def test_keeps_the_newest_and_starts_from_weights(tmp_path: Path) -> None:
@@ -86,9 +84,3 @@ def test_keeps_the_newest_and_starts_from_weights(tmp_path: Path) -> None:
     folder = tmp_path / "run/checkpoint"
     assert sorted(path.name for path in folder.iterdir()) == ["step-3", "step-4", "unfinished"]
     assert checkpoints.newest(folder) == folder / "step-4" and checkpoints.newest(tmp_path) is None
-    begun = json.loads((tmp_path / "first.json").read_text())
-    assert (
-        begun < json.loads((tmp_path / "run/summary.json").read_text())["steps"][0]["loss"] - 0.05
-        if (tmp_path / "run/summary.json").exists()
-        else begun < 5.6
-    )
