@@ -44,7 +44,7 @@ def run(recipe: Recipe, command: str, allow_fallback: bool) -> None:
         trainer = Trainer(plan)
         trainer.train()
         if recipe.checkpoint.export == "huggingface":
-            weights.export(trainer.model, plan, trainer.tokenizer)
+            trainer.export()
         trainer.summarise(command)
     finally:
         if trainer is not None:
@@ -315,6 +315,11 @@ class Trainer:
         mean = torch.stack([found["loss"] for found in losses]).mean()
         dist.all_reduce(mean, group=self.replicas)
         return mean.item() / self.replicas.size()
+
+    def export(self) -> None:
+        """Writes the weights in Hugging Face's format; all processes call it."""
+        with compat.complete_parameters(self.wrapped):
+            weights.export(self.model, self.plan, self.tokenizer)
 
     def summarise(self, command: str) -> None:
         if self.monitor is not None:

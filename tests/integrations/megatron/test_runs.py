@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from flashmoe_train import recipe
 from flashmoe_train.compare import compare
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.megatron import checkpoints
+from flashmoe_train.integrations.megatron import checkpoints, compat, runner
 from flashmoe_train.monitor import new_console
 from flashmoe_train.schema import Swap
 
@@ -84,3 +85,29 @@ def test_keeps_the_newest_and_starts_from_weights(tmp_path: Path) -> None:
     folder = tmp_path / "run/checkpoint"
     assert sorted(path.name for path in folder.iterdir()) == ["step-3", "step-4", "unfinished"]
     assert checkpoints.newest(folder) == folder / "step-4" and checkpoints.newest(tmp_path) is None
+
+
+def _saves_the_last_step(root: Path) -> None:
+    """Every process has updated its part of the weights, and gathers the others' in its next forward."""
+    tokens, last = root / "tokens.bin", dict[str, torch.Tensor]()
+    given = ["training.steps=3", "checkpoint.every=3"]
+
+    def keep(trainer: runner.Trainer) -> None:
+        trainer.export()
+        with compat.complete_parameters(trainer.wrapped):
+            last.update({name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()})
+
+    def same(trainer: runner.Trainer) -> None:
+        for name, parameter in trainer.model.named_parameters():
+            assert torch.equal(parameter, last[name]), name
+
+    jobs.train(jobs.recipe_of("moe", root / "run", tokens, *given), keep)
+    runner.Trainer.train = lambda self: None  # type: ignore[method-assign]
+    for number, saved in enumerate(("checkpoint/step-3", "huggingface")):
+        start = f"checkpoint.start_from={root / 'run' / saved}"
+        jobs.train(jobs.recipe_of("moe", root / str(number), tokens, "training.steps=3", start), same)
+
+
+def test_weights_are_saved_as_the_last_step_left_them(tmp_path: Path) -> None:
+    jobs.write_tokens(tmp_path)
+    processes.run(_saves_the_last_step, tmp_path)

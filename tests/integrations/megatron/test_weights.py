@@ -89,7 +89,7 @@ def _exports(root: Path) -> None:
     exported: dict[str, torch.Tensor] = {}
 
     def export(trainer: runner.Trainer) -> None:
-        weights.export(trainer.model, trainer.plan, trainer.tokenizer)
+        trainer.export()
         exported.update({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
 
     jobs.train(given, export)
