@@ -39,7 +39,7 @@ lint: .venv/installed
 .venv/installed: pyproject.toml constraints.txt csrc/CMakeLists.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or later is needed, found {sys.version.split()[0]}; set PYTHON=" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[torchtitan,dev]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[torchtitan,megatron,dev]'
 	@touch $@
 
 # The installation has built the kernels, if there is nvcc; later changes are compiled here, in seconds.

@@ -56,9 +56,9 @@ def compare(recipe: Recipe, processes: int, allow_fallback: bool, console: Conso
     for choice in CHOICES:
         explain.explain(with_swap(recipe, choice, str(folder / choice)), processes)
     weights = recipes.weights_of(recipe)
-    if weights is None:
+    if weights is None and (seeding := recipes.seed(recipe, str(folder / "seed"))) is not None:
         console.print("writing the weights that both start from")
-        seed, weights = recipes.seed(recipe, str(folder / "seed"))
+        seed, weights = seeding
         launch.train(seed, 1, allow_fallback=True, show=True)
     runs: dict[str, Run] = {}
     for choice in CHOICES:

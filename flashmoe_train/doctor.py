@@ -73,11 +73,15 @@ def _library() -> Iterator[Finding]:
 
 
 def _frameworks() -> Iterator[Finding]:
-    for framework in dict.fromkeys(entry["framework"] for entry in versions.tested()):
+    # "megatron-core" is imported as megatron, and that is what our extra for it is called.
+    frameworks = {entry["framework"]: entry["framework"].removesuffix("-core") for entry in versions.tested()}
+    missing = [name for name in frameworks.values() if importlib.util.find_spec(name) is None]
+    for framework, name in frameworks.items():
         tested = ", ".join(f"{e['version']} with torch {e['torch']}" for e in versions.tested(framework))
-        if importlib.util.find_spec(framework) is None:
-            do = f"pip install 'flashmoe-train[{framework}]'"
-            yield Finding("problem", framework, f"not installed: {do} (tested: {tested})")
+        if name in missing:
+            do = f"pip install 'flashmoe-train[{name}]'"
+            state: State = "problem" if len(missing) == len(frameworks) else "note"  # one is enough
+            yield Finding(state, framework, f"not installed: {do} (tested: {tested})")
             continue
         version, torch_version = importlib.metadata.version(framework), Version(torch.__version__)
         pair = f"{version} with torch {torch_version.major}.{torch_version.minor}"

@@ -181,9 +181,10 @@ class Parallel(Table):
 
 
 class Recipe(Table):
-    """What to run: a framework, a model, swaps, training. `[torchtitan]` goes to TorchTitan as it is."""
+    """What to run: a framework, a model, swaps, training. `[torchtitan]` and `[megatron]` go to that framework as they
+    are."""
 
-    framework: Literal["torchtitan"]
+    framework: Literal["torchtitan", "megatron"]
     config: str | None = None  # where `[model]` is from
     folder: str | None = None  # of logs, curve, summary and checkpoints; default: outputs/ and the recipe's name
     model: Model | None = None  # None: `[torchtitan.model]` names one of TorchTitan's
@@ -193,6 +194,14 @@ class Recipe(Table):
     parallel: Parallel = Field(default_factory=Parallel)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     torchtitan: dict[str, Any] = Field(default_factory=dict)
+    megatron: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _of_one_framework(self) -> Self:
+        for table in ("torchtitan", "megatron"):
+            if table != self.framework and getattr(self, table):
+                raise ValueError(f"[{table}] is of another framework than the recipe's, {self.framework!r}")
+        return self
 
     @model_validator(mode="after")
     def _validates_on_other_text(self) -> Self:

@@ -44,7 +44,9 @@ def start(function: Callable[..., None], *arguments: object, processes: int) -> 
     GPU, since what is imported asks it for its properties, and CUDA does not survive a fork.
     """
     method = "spawn" if torch.cuda.is_available() else "forkserver"
-    multiprocessing.set_forkserver_preload(["flashmoe_train.integrations.torchtitan.runner"])
+    multiprocessing.set_forkserver_preload(
+        ["flashmoe_train.integrations.torchtitan.runner", "tests.integrations.megatron.preload"]
+    )
     mp.start_processes(_share_cores, args=(processes, function, arguments), nprocs=processes, start_method=method)
 
 

@@ -30,6 +30,13 @@ def test_a_missing_framework_is_a_problem_with_its_remedy(
     assert "not installed: pip install 'flashmoe-train[torchtitan]' (tested: 0.2.2 with" in capsys.readouterr().out
 
 
+def test_one_framework_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "megatron" else find(name))
+    (finding,) = found("megatron-core")
+    assert finding.state == "note" and "pip install 'flashmoe-train[megatron]'" in finding.text
+
+
 @pytest.mark.parametrize(
     "version, torch_version, state",
     [

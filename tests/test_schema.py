@@ -55,7 +55,7 @@ def test_numbers_and_nothing_else() -> None:
         ({"trainin": {}}, r"^unknown table \[trainin\]; did you mean 'training'\?$"),
         ({"training": {"stepz": 3}}, r"^unknown key \[training\] stepz; did you mean 'steps'\?$"),
         ({"folders": "x"}, r"^unknown key folders; did you mean 'folder'\?$"),
-        ({"framework": "megatron"}, r"^framework = 'megatron': Input should be 'torchtitan'$"),
+        ({"framework": "deepspeed"}, r"^framework = 'deepspeed': Input should be 'torchtitan' or 'megatron'$"),
         ({"training": 3}, r"^\[training\] must be a table, found 3$"),
         ({"training": {"steps": "10"}}, r"^\[training\] steps = '10': .*valid integer$"),
         ({"training": {"steps": 0}}, r"^\[training\] steps = 0: .*greater than or equal to 1$"),

@@ -24,12 +24,20 @@ def test_environments_are_tested_combinations(file: str) -> None:
     assert any(pair.items() <= entry.items() for entry in versions.tested("torchtitan"))
 
 
+def test_megatron_is_installed_as_tested() -> None:
+    pinned = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
+    assert pinned["megatron-core"] in {entry["version"] for entry in versions.tested("megatron-core")}
+
+
 def test_extra_admits_every_tested_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = {r.name: r.specifier for r in map(Requirement, project["optional-dependencies"]["torchtitan"])}
     for entry in versions.tested("torchtitan"):
         assert requirements["torchtitan"].contains(entry["version"])
         assert requirements["torch"].contains(entry["torch"])
+    requirements = {r.name: r.specifier for r in map(Requirement, project["optional-dependencies"]["megatron"])}
+    for entry in versions.tested("megatron-core"):
+        assert requirements["megatron-core"].contains(entry["version"])
 
 
 def test_broken_combinations_belong_to_one_torch() -> None:

@@ -1,4 +1,5 @@
-"""The bench `train_torchtitan`: a recipe trained as stock and with our operators, by the command a user would type.
+"""The benches `train_torchtitan` and `train_megatron`: a recipe trained as stock and with our operators, by the command
+a user would type. Megatron's stock is its own modules, without TransformerEngine.
 
 Rows hold, for both, the median time of a step, tokens/s per device, peak memory per device and the loss of every step.
 Cases that train long enough to compare losses train stock once more: its own kernels add in another order each time.
@@ -47,11 +48,13 @@ class Case:
 
 class TrainBench(Bench):
     def matching(self, pattern: str) -> Sequence[Any]:
-        """Standard cases, or the recipe of that name or path: any can be measured."""
+        """Standard cases, or the recipe of that name or path, if it is of this framework: any can be measured."""
         if found := super().matching(pattern):
             return found
-        recipes.find(pattern)  # or there is no such recipe
-        return (Case(pattern, launch.default_processes()),)
+        if any(Bench.matching(bench, pattern) for bench in BENCHES):
+            return ()
+        framework = recipes.load(pattern).framework  # or there is no such recipe
+        return (Case(pattern, launch.default_processes()),) if self.name == f"train_{framework}" else ()
 
     def measure(self, case: Case, stopwatch: Stopwatch) -> Row:
         if stopwatch.device.type == "cpu" and torch.cuda.is_available():
@@ -105,5 +108,15 @@ BENCHES = (
         tiny=[
             Case("quickstart", min(2, launch.default_processes()), ("training.steps=8", "training.validate_steps=1"))
         ],
+    ),
+    TrainBench(
+        name="train_megatron",
+        title="Training under Megatron-core",
+        rate="tokens_per_s_per_gpu",
+        standard=[
+            Case("megatron_llama3_8b_4layers", 2, ("training.steps=20",)),
+            Case("megatron_qwen3_30b_4layers", 2, ("training.steps=20",)),
+        ],
+        tiny=[Case("megatron_moe_debug", min(2, launch.default_processes()), ("training.steps=8",))],
     ),
 )

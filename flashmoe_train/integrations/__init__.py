@@ -4,7 +4,8 @@ What the commands need of one:
 - `runner.run(recipe, command, allow_fallback)` trains in this process of a torchrun job;
 - `explain.explain(recipe, processes)` says what a recipe comes to, without training;
 - `recipes.weights_of(recipe)` are those that it starts from itself, or None;
-- `recipes.seed(recipe, folder)` and `recipes.starting_from(recipe, weights)` let runs start from the same weights.
+- `recipes.seed(recipe, folder)` and `recipes.starting_from(recipe, weights)` let runs start from the same weights: the
+  first is a recipe that writes them and where, or None if stock and swapped runs begin alike by themselves.
 """
 
 import importlib

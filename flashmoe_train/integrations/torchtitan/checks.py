@@ -9,7 +9,7 @@ from typing import Any
 
 from flashmoe_train import data
 from flashmoe_train.errors import UsageError, nearest
-from flashmoe_train.integrations.torchtitan.sizes import Sizes
+from flashmoe_train.integrations.sizes import Sizes
 
 _DEGREES = (
     "data_parallel_replicate_degree",

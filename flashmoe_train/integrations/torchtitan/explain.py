@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from flashmoe_train.explain import Explanation, Setting
-from flashmoe_train.integrations.torchtitan import generation, recipes, sizes
-from flashmoe_train.integrations.torchtitan.sizes import Sizes
+from flashmoe_train.integrations import sizes
+from flashmoe_train.integrations.sizes import Sizes
+from flashmoe_train.integrations.torchtitan import generation, recipes
 from flashmoe_train.schema import Recipe
 
 _ROUTED = re.compile(r"\.moe\.(routed_)?experts\.")  # parameters of routed experts, by generation

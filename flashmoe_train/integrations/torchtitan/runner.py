@@ -11,7 +11,8 @@ from torchtitan.components.metrics import BaseLogger
 
 from flashmoe_train import data, huggingface
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import generation, recipes, sizes
+from flashmoe_train.integrations import sizes
+from flashmoe_train.integrations.torchtitan import generation, recipes
 from flashmoe_train.integrations.torchtitan.checkpoints import Checkpoints
 from flashmoe_train.integrations.torchtitan.expert_load import ExpertLoad
 from flashmoe_train.monitor import Monitor, Step

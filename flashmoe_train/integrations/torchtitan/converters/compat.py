@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from flashmoe_train import versions
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import sizes as machine
+from flashmoe_train.integrations import sizes as machine
 from flashmoe_train.integrations.torchtitan.config import FlashMoE
 
 

@@ -9,7 +9,8 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.tools.logging import logger
 
-from flashmoe_train.integrations.torchtitan import core, sizes
+from flashmoe_train.integrations import sizes
+from flashmoe_train.integrations.torchtitan import core
 from flashmoe_train.integrations.torchtitan.config import FlashMoE, validate
 from flashmoe_train.integrations.torchtitan.converters import attention, compat, moe
 from flashmoe_train.swap import Report, swap_modules

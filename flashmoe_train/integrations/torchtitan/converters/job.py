@@ -12,11 +12,11 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 
 from flashmoe_train.errors import UsageError, nearest
+from flashmoe_train.integrations.sizes import Sizes
 from flashmoe_train.integrations.torchtitan import checks
 from flashmoe_train.integrations.torchtitan.checks import known
 from flashmoe_train.integrations.torchtitan.converters import compat, converter
 from flashmoe_train.integrations.torchtitan.generation import OURS, Facts
-from flashmoe_train.integrations.torchtitan.sizes import Sizes
 from flashmoe_train.schema import key_name, lines, table_name
 
 

@@ -6,9 +6,9 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import get_train_spec
 
+from flashmoe_train.integrations.sizes import Sizes
 from flashmoe_train.integrations.torchtitan.converters import compat
 from flashmoe_train.integrations.torchtitan.converters.converter import FlashMoEConverter
-from flashmoe_train.integrations.torchtitan.sizes import Sizes
 from flashmoe_train.swap import Report
 
 

@@ -24,12 +24,12 @@ from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLo
 from torchtitan.trainer import Trainer
 
 from flashmoe_train.errors import UsageError, nearest
+from flashmoe_train.integrations.sizes import Sizes
 from flashmoe_train.integrations.torchtitan import checks, generation
 from flashmoe_train.integrations.torchtitan.checks import known
 from flashmoe_train.integrations.torchtitan.config import FlashMoE, validate
 from flashmoe_train.integrations.torchtitan.overrides import models
 from flashmoe_train.integrations.torchtitan.overrides.data import WholeSequences
-from flashmoe_train.integrations.torchtitan.sizes import Sizes
 from flashmoe_train.schema import key_name, table_name
 
 _OURS = "flashmoe_train.integrations.torchtitan"

@@ -12,8 +12,8 @@ from torchtitan.models.common.config_utils import make_ffn_config
 from torchtitan.protocols.model_spec import ModelSpec
 
 from flashmoe_train.errors import UsageError, nearest
+from flashmoe_train.integrations.sizes import Experts, Sizes
 from flashmoe_train.integrations.torchtitan.checks import known
-from flashmoe_train.integrations.torchtitan.sizes import Experts, Sizes
 from flashmoe_train.schema import Llama3Scaling, Model, YarnScaling
 
 FLAVOR = "recipe"  # the flavor under which `register` keeps the model of this process' recipe

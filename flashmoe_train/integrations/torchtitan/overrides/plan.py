@@ -10,8 +10,8 @@ from torchtitan.protocols.module import Module
 from torchtitan.trainer import Trainer
 
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.sizes import Sizes
 from flashmoe_train.integrations.torchtitan.overrides import models
-from flashmoe_train.integrations.torchtitan.sizes import Sizes
 from flashmoe_train.swap import Report, Row
 
 

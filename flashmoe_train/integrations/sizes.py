@@ -1,14 +1,24 @@
-"""What our operators and checks want to know of a model, whichever generation of TorchTitan describes it; and what runs
-our operators for such a model on this machine."""
+"""What our operators and checks want to know of a model, whichever framework describes it; and what runs our operators
+for such a model on this machine."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan.config import FlashMoE
 from flashmoe_train.ops import attention, moe
 from flashmoe_train.ops.library import HOPPER, capability, runs
+
+
+class Choices(Protocol):
+    """Which parts are swapped, "flashmoe", and which are "stock": a recipe's `[swap]`, TorchTitan's `[flashmoe]`."""
+
+    @property
+    def attention(self) -> str: ...
+
+    @property
+    def moe(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a language model of TorchTitan's."""
+    """Of a language model."""
 
     dim: int
     heads: int
@@ -31,7 +41,7 @@ class Sizes:
     experts: Experts | None = None  # None: dense
 
 
-def check_kernels(choices: FlashMoE, dtype: str, sizes: Sizes) -> None:
+def check_kernels(choices: Choices, dtype: str, sizes: Sizes) -> None:
     """Nobody trains slowly by accident: raises UsageError where a Hopper GPU lacks kernels of what is swapped."""
     if capability("cuda") != HOPPER:
         return
@@ -40,7 +50,7 @@ def check_kernels(choices: FlashMoE, dtype: str, sizes: Sizes) -> None:
         raise UsageError(f"{'; '.join(missing)}; --allow-fallback trains on PyTorch's kernels instead")
 
 
-def operators(choices: FlashMoE, dtype: str, sizes: Sizes) -> list[tuple[str, str]]:
+def operators(choices: Choices, dtype: str, sizes: Sizes) -> list[tuple[str, str]]:
     """Each swapped operator, and what runs it for this model on this machine; `dtype` is that of its products."""
     return [(name, runs(why, _device())) for name, why in _supported(choices, dtype, sizes)]
 
@@ -49,7 +59,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _supported(choices: FlashMoE, dtype_name: str, sizes: Sizes) -> list[tuple[str, str | None]]:
+def _supported(choices: Choices, dtype_name: str, sizes: Sizes) -> list[tuple[str, str | None]]:
     device, dtype = _device(), getattr(torch, dtype_name)
     found = []
     if choices.attention == "flashmoe":

@@ -1,0 +1,100 @@
+"""Megatron's distributed checkpoints under a recipe: in `checkpoint/step-N` of the run's folder.
+
+Stock and swapped models, on any layout of processes, load what the others have saved.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.megatron import compat
+
+_KEEP = 10  # as under TorchTitan
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / "metadata.json").is_file()
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of the latest step: unfinished ones have another name."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and is_complete(path)]
+    return max(found, key=lambda path: int(path.name[5:]), default=None)
+
+
+class Checkpoints:
+    """Saves and loads one run: the model without wrappers, its optimizer, the schedule of the learning rate."""
+
+    def __init__(
+        self, folder: Path, wrapped: Any, model: Any, optimizer: Any, scheduler: Any, keep: int | None
+    ) -> None:
+        from megatron.core import parallel_state
+
+        self.folder, self.wrapped, self.model = folder, wrapped, model
+        self.optimizer, self.scheduler, self.keep = optimizer, scheduler, keep or _KEEP
+        self.metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,
+            "singleton_local_shards": False,
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+
+    def save(self, step: int) -> Path:
+        """All processes call it. A run that is killed in between leaves the checkpoint before as the newest."""
+        from megatron.core import dist_checkpointing
+
+        unfinished, path = self.folder / "unfinished", self.folder / f"step-{step}"
+        if dist.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        dist.barrier()
+        with compat.complete_parameters(self.wrapped):
+            dist_checkpointing.save(self._state(loading=False, step=step), str(unfinished))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            unfinished.rename(path)
+            steps = sorted(int(other.name[5:]) for other in self.folder.glob("step-*") if other.name[5:].isdigit())
+            for old in steps[: -self.keep]:
+                shutil.rmtree(self.folder / f"step-{old}")
+        dist.barrier()
+        return path
+
+    def resume(self) -> int:
+        """Loads the newest checkpoint, if there is one; returns its step, else 0."""
+        path = newest(self.folder)
+        dist.barrier()  # before anybody saves another
+        if path is None:
+            return 0
+        compat.before_loading(self.optimizer)
+        state = _load(self._state(loading=True, step=0), path)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        compat.after_loading(self.optimizer)
+        return state["step"]
+
+    def load_weights(self, path: Path) -> None:
+        """Weights alone, of one of our checkpoints or of Megatron's own training script."""
+        state = _load({"model": self.model.sharded_state_dict(metadata=self.metadata)}, path)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.reload_model_params()
+
+    def _state(self, loading: bool, step: int) -> dict[str, Any]:
+        model = self.model.sharded_state_dict(metadata=self.metadata)
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=self.metadata)
+        return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict(), "step": step}
+
+
+def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        return dist_checkpointing.load(wanted, str(path))
+    except (CheckpointingException, CheckpointException, KeyError) as error:
+        raise UsageError(f"{path} does not fit the model: {error}") from None

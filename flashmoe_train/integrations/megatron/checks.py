@@ -1,0 +1,63 @@
+"""What our parts of a Megatron model cannot compute, and what Megatron itself computes wrongly, refused by name."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch.nn.functional as F
+
+from flashmoe_train.errors import UsageError
+
+_Reason = tuple[bool, str]
+
+
+def attention(config: Any, dropout: float | None = None) -> None:
+    """Raises UsageError unless swapped attention computes what the TransformerConfig asks for."""
+    dropout = config.attention_dropout if dropout is None else dropout
+    _refuse(
+        "swapped attention",
+        [
+            (config.context_parallel_size > 1, "context_parallel_size > 1: there is no context parallelism yet"),
+            (dropout > 0, f"attention_dropout = {dropout}: it has none, set 0.0"),
+            (
+                config.softmax_type != "vanilla",
+                f"softmax_type = {config.softmax_type!r}: it is the 'vanilla' one",
+            ),
+            (bool(config.experimental_attention_variant), "experimental_attention_variant: it has none"),
+            (config.qk_clip, "qk_clip: it does not keep the largest logits"),
+            (config.fp8_dot_product_attention or config.fp8_multi_head_attention, "fp8: it has no such kernel"),
+        ],
+    )
+
+
+def parallelism(config: Any) -> None:
+    """Raises UsageError for what Megatron trains without an error and wrongly."""
+    tensor, of_experts = config.tensor_model_parallel_size, config.expert_tensor_parallel_size
+    if config.num_moe_experts and config.expert_model_parallel_size == 1 and of_experts not in (None, tensor):
+        raise UsageError(
+            f"expert_tensor_parallel_size = {of_experts} with tensor_model_parallel_size = {tensor} and no expert "
+            "parallelism: Megatron does not sum the experts' gradients over all processes with other tokens, and their "
+            f"experts drift apart; set expert_tensor_parallel_size = {tensor}, or expert_model_parallel_size > 1"
+        )
+
+
+def experts(config: Any) -> None:
+    """Raises UsageError unless swapped experts compute what the TransformerConfig asks for."""
+    parallelism(config)
+    swiglu = config.gated_linear_unit and config.activation_func is F.silu
+    altered = config.activation_func_clamp_value is not None or config.glu_linear_offset != 0
+    _refuse(
+        "swapped experts",
+        [
+            (not swiglu, "they are SwiGLU: gated_linear_unit = true with activation_func = silu"),
+            (altered, "activation_func_clamp_value, glu_linear_offset: their SwiGLU has neither"),
+            (config.add_bias_linear, "add_bias_linear = true: they have no bias"),
+            (bool(config.fp8 or config.fp4), "fp8, fp4: they have no such kernels"),
+            (config.moe_latent_size is not None, "moe_latent_size: they work in the model's own dim"),
+            (config.moe_apply_probs_on_input, "moe_apply_probs_on_input: they multiply within"),
+        ],
+    )
+
+
+def _refuse(what: str, reasons: Iterable[_Reason]) -> None:
+    if found := [reason for wrong, reason in reasons if wrong]:
+        raise UsageError(f"{what}: {'; '.join(found)}")

@@ -1,0 +1,257 @@
+"""Megatron's experts and mixture-of-experts layer on `flashmoe_train.ops.moe`.
+
+Weights are three tensors for all experts of a process, as the operator wants them. In state dicts and distributed
+checkpoints they have the names and shapes of Megatron's SequentialMLP, so that either loads what the other has saved.
+
+Shape legend: T tokens, K experts per token, E experts of this process, R rows, h model dim, n hidden dim of an expert
+on this process.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
+from torch import Tensor
+
+from flashmoe_train.integrations.megatron import checks
+from flashmoe_train.ops.moe import moe, moe_rows
+
+# Of an expert in SequentialMLP: which parameter holds ours, and which half of its rows.
+_HOME = {"w1": ("linear_fc1", 0), "w3": ("linear_fc1", 1), "w2": ("linear_fc2", 0)}
+
+
+class FlashMoEExperts(MegatronModule):
+    """In place of SequentialMLP, GroupedMLP or TEGroupedMLP, in `experts` of a layer's specification.
+
+    Parameters w1, w3 `[E, n, h]` and w2 `[E, h, n]`, initialised as SequentialMLP's. They are marked as Megatron marks
+    experts, so that its data parallelism sums their gradients into float32 `main_grad` over the right processes. With
+    `delay_wgrad_compute` that waits for `backward_dw`.
+
+    Raises UsageError for a configuration that it does not compute.
+    """
+
+    takes_place_of = "SequentialMLP"
+
+    def __init__(
+        self, num_local_experts: int, config: Any, submodules: Any = None, pg_collection: Any = None, name: Any = None
+    ) -> None:
+        checks.experts(config)
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        self._build(num_local_experts)
+        self._delayed: deque[list[Tensor]] = deque()
+        self._wgrad_hooks: list[Callable[[], None]] = []
+        if config.delay_wgrad_compute:
+            for parameter in self.parameters():
+                parameter.skip_backward_post_hook = True
+        self.register_state_dict_post_hook(_as_sequential)
+        self.register_load_state_dict_pre_hook(_from_sequential)
+
+    def _build(self, experts: int) -> None:
+        """Every expert as stock makes it, one after the other: the same random numbers, the same marks."""
+        linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        size = self.config.moe_ffn_hidden_size
+        for expert in range(experts):
+            # RowParallelLinear takes its width from the configuration, not from the argument.
+            config = _with_width(self.config, size)
+            stock = MLP(config, linear, ffn_hidden_size=size, is_expert=True, tp_group=self.tp_group)
+            gate, up = stock.linear_fc1.weight.detach().chunk(2)
+            for name, weight in (("w1", gate), ("w3", up), ("w2", stock.linear_fc2.weight.detach())):
+                if expert == 0:
+                    parameter = torch.nn.Parameter(weight.new_empty(experts, *weight.shape))
+                    vars(parameter).update(vars(getattr(stock, _HOME[name][0]).weight))
+                    self.register_parameter(name, parameter)
+                getattr(self, name).data[expert].copy_(weight)
+
+    def forward(self, x: Tensor, routing: Tensor, probs: Tensor, **options: Any) -> tuple[Tensor, None]:
+        """Rows x `[R, h]` sorted by expert, how many each expert has `[E]` and a weight for each `[R]`, as Megatron's
+        dispatchers hand them over, give `[R, h]`. Or, from our own dispatcher: tokens x `[T, h]`, the experts of each
+        `[T, K]` (-1: none) and their weights `[T, K]` give tokens `[T, h]`."""
+        w1, w2, w3 = self._weights()
+        if routing.dim() == 2:
+            return moe(x, w1, w2, w3, routing, probs.float(), score_mode="activation"), None
+        ends = routing.to(x.device).cumsum(0, dtype=torch.int32)
+        offsets = torch.cat([ends.new_zeros(1), ends])
+        return moe_rows(x.contiguous(), w1, w2, w3, offsets, probs.float()), None
+
+    def _weights(self) -> list[Tensor]:
+        weights = [self.w1, self.w2, self.w3]
+        if not (self.config.delay_wgrad_compute and torch.is_grad_enabled()):
+            return weights
+        # Gradients stay with leaves of their own, where no hook of data parallelism sees them, until backward_dw.
+        leaves = [weight.detach().requires_grad_() for weight in weights]
+        self._delayed.append(leaves)
+        return leaves
+
+    def backward_dw(self) -> None:
+        """Hands the weights' gradients of the oldest forward on, if they are delayed."""
+        if not self._delayed:
+            return
+        for parameter, leaf in zip((self.w1, self.w2, self.w3), self._delayed.popleft(), strict=True):
+            if leaf.grad is not None:
+                parameter.grad = leaf.grad if parameter.grad is None else parameter.grad + leaf.grad
+        for hook in self._wgrad_hooks:
+            hook()
+
+    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], None]) -> None:
+        """Data parallelism gives its hook for each parameter here if gradients are delayed."""
+        self._wgrad_hooks.append(hook)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        """Shards of SequentialMLP's `experts.linear_fc1.weight` and `linear_fc2.weight`, an axis for the experts."""
+        apart = bool((metadata or {}).get("singleton_local_shards", False))
+        replica = (0, 0, self.dp_group.rank())
+        weights: dict[str, Any] = {
+            f"{prefix}{name}": ShardedTensorFactory(
+                f"{prefix}experts.{home}.weight",
+                parameter,
+                _Shards(name, self, sharded_offsets, apart),
+                _merge,
+                replica,
+            )
+            for name, (home, _) in _HOME.items()
+            for parameter in [getattr(self, name)]
+        }
+        of_linear = (0, self.tp_group.rank(), self.dp_group.rank())
+        return weights | self._extra_states(prefix, sharded_offsets, apart, of_linear)
+
+    def _extra_states(self, prefix: str, offsets: tuple, apart: bool, replica: tuple) -> dict[str, Any]:
+        """Nothing, of every linear layer that stock's experts have: it keeps a place for TransformerEngine's there."""
+        first, whole = self.ep_group.rank() * self.num_local_experts, self.ep_group.size() * self.num_local_experts
+        found = {}
+        for e in range(self.num_local_experts):
+            inside = f"experts.{first + e}" if apart else "experts"
+            outer = offsets if apart else (*offsets, (len(offsets), first + e, whole))
+            for linear in ("linear_fc1", "linear_fc2"):
+                name = f"{linear}._extra_state"
+                found[f"{prefix}local_experts.{e}.{name}"] = make_sharded_object_for_checkpoint(
+                    None, f"{prefix}{inside}.{name}", outer, replica_id=replica
+                )
+        return found
+
+
+class _Shards:
+    """Cuts a tensor of w1's, w2's or w3's shape, the weights themselves or a moment of the optimizer, into the shards
+    that SequentialMLP would have."""
+
+    def __init__(self, name: str, experts: FlashMoEExperts, offsets: tuple, apart: bool) -> None:
+        self.name, self.offsets, self.apart = name, offsets, apart
+        self.first = experts.ep_group.rank() * experts.num_local_experts
+        self.experts = experts.ep_group.size() * experts.num_local_experts
+        self.rank, self.size = experts.tp_group.rank(), experts.tp_group.size()
+
+    @torch.no_grad()
+    def __call__(self, key: str, whole: Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
+        if flattened_range is not None:
+            raise NotImplementedError("swapped experts need distrib_optim_sharding_type='fully_reshardable'")
+        _, half = _HOME[self.name]
+        found = []
+        for i, weight in enumerate(whole):
+            outer, name = (*self.offsets, (len(self.offsets), self.first + i, self.experts)), key
+            if self.apart:
+                outer, name = self.offsets, key.replace("experts.linear", f"experts.{self.first + i}.linear")
+            if self.name == "w2":
+                inner = (len(outer) + 1, self.rank, self.size)
+            elif self.apart:
+                inner, name = (len(outer), self.rank, self.size), f"{name}_{'wv'[half]}"
+            else:  # stock has gate and up in one tensor: all processes' gates, then all their ups
+                inner = (len(outer), self.rank + half * self.size, 2 * self.size)
+            found.append(
+                ShardedTensor.from_rank_offsets(
+                    name, weight, *outer, inner, replica_id=replica_id, prepend_axis_num=len(outer)
+                )
+            )
+        return found
+
+
+@torch.no_grad()
+def _merge(shards: list[Tensor]) -> Tensor:
+    return torch.stack(shards)
+
+
+def _with_width(config: Any, width: int) -> Any:
+    if config.ffn_hidden_size == width:
+        return config
+    config = copy.copy(config)
+    config.ffn_hidden_size = width
+    return config
+
+
+def _as_sequential(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    w1, w2, w3 = (state.pop(f"{prefix}{name}") for name in ("w1", "w2", "w3"))
+    for e in range(module.num_local_experts):
+        state[f"{prefix}local_experts.{e}.linear_fc1.weight"] = torch.cat([w1[e], w3[e]])
+        state[f"{prefix}local_experts.{e}.linear_fc2.weight"] = w2[e]
+        for linear in ("linear_fc1", "linear_fc2"):
+            state[f"{prefix}local_experts.{e}.{linear}._extra_state"] = None
+
+
+def _from_sequential(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    names = [f"{prefix}local_experts.{e}" for e in range(module.num_local_experts)]
+    for name in [f"{name}.linear_fc{i}._extra_state" for name in names for i in (1, 2)]:
+        state.pop(name, None)
+    if not all(f"{name}.linear_fc{i}.weight" in state for name in names for i in (1, 2)):
+        return  # our own names, from a distributed checkpoint; or an error that load_state_dict names
+    both = torch.stack([state.pop(f"{name}.linear_fc1.weight") for name in names])
+    state[f"{prefix}w1"], state[f"{prefix}w3"] = both.chunk(2, 1)
+    state[f"{prefix}w2"] = torch.stack([state.pop(f"{name}.linear_fc2.weight") for name in names])
+
+
+class FlashMoELayer(MoELayer):
+    """In place of MoELayer: where a process has all experts, gather and combine are the operator's too; otherwise
+    Megatron's own dispatcher exchanges rows, and the experts compute them."""
+
+    takes_place_of = "MoELayer"
+
+    def __init__(
+        self, config: Any, submodules: Any = None, layer_number: Any = None, pg_collection: Any = None, **options: Any
+    ) -> None:
+        if pg_collection is None:  # Megatron hands the groups to MoELayer itself, not to classes derived from it
+            from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+            pg_collection = get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, **options)
+        alone = pg_collection.ep.size() == 1 and pg_collection.expt_tp.size() == 1
+        padded = config.moe_pad_expert_input_to_capacity
+        if alone and isinstance(self.experts, FlashMoEExperts) and not (padded or config.moe_shared_expert_overlap):
+            self.token_dispatcher = LocalDispatcher(config, pg_collection)
+
+
+class LocalDispatcher(MoETokenDispatcher):
+    """Hands tokens and their experts to FlashMoEExperts as they are; nothing is read by the host."""
+
+    def dispatch_preprocess(self, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `[..., h]`, which experts each has (bool `[T, experts]`) and their weights `[T, experts]` give tokens
+        `[T, h]` and weights `[T, K]`, experts in rising order."""
+        self.shape = hidden.shape
+        chosen, ids = routing_map.to(torch.int8).topk(min(self.config.moe_router_topk, routing_map.shape[1]), dim=1)
+        # A token that was dropped by an expert has fewer than K: the rest are -1, which come last.
+        ids = ids.masked_fill(chosen == 0, routing_map.shape[1]).sort(dim=1).values
+        none = ids == routing_map.shape[1]
+        self.ids = ids.masked_fill(none, -1)
+        return hidden.reshape(-1, self.shape[-1]), probs.gather(1, ids.masked_fill(none, 0))  # the operator skips -1
+
+    def token_dispatch(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden, probs
+
+    def dispatch_postprocess(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return hidden, self.ids, probs
+
+    def combine_preprocess(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def token_combine(self, hidden: Tensor, *args: Any, **options: Any) -> Tensor:
+        return hidden
+
+    def combine_postprocess(self, hidden: Tensor) -> Tensor:
+        return hidden.view(self.shape)

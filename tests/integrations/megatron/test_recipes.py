@@ -1,0 +1,150 @@
+"""What Megatron is told by a recipe, and what a recipe cannot say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flashmoe_train import recipe
+from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.megatron import recipes
+from flashmoe_train.integrations.megatron.explain import explain
+
+NAME = "megatron_moe_debug"
+
+
+def plan(*overrides: str, processes: int = 1, name: str = NAME) -> recipes.Plan:
+    return recipes.resolve(recipe.load(name, overrides), processes)
+
+
+def test_shared_keys_reach_megatron() -> None:
+    found = plan(
+        "training.precision=bfloat16",
+        "training.activation_checkpointing=full",
+        "training.learning_rate=2e-3",
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "parallel.expert=4",
+        "megatron.moe_z_loss_coeff=1e-3",
+        "megatron.optimizer.clip_grad=0.5",
+        "megatron.ddp.overlap_grad_reduce=false",
+        "megatron.scheduler.lr_decay_style=cosine",
+        processes=8,
+    )
+    config, optimizer = found.config, found.optimizer
+    assert (config.num_layers, config.num_moe_experts, config.moe_ffn_hidden_size) == (4, 16, 192)
+    assert config.activation_func is F.silu and config.qk_layernorm and not config.moe_router_pre_softmax
+    assert config.bf16 and config.params_dtype == config.pipeline_dtype == optimizer.params_dtype == torch.bfloat16
+    assert config.recompute_granularity == "full" and config.sequence_parallel and config.moe_z_loss_coeff == 1e-3
+    assert (config.expert_model_parallel_size, config.expert_tensor_parallel_size) == (4, 1)
+    assert optimizer.lr == 2e-3 and optimizer.clip_grad == 0.5 and optimizer.use_distributed_optimizer
+    assert found.ddp.overlap_param_gather and not found.ddp.overlap_grad_reduce
+    assert found.scheduler["lr_decay_style"] == "cosine" and found.scheduler["lr_warmup_steps"] == 4
+    layout = found.layout
+    assert (layout.data, layout.micro_batch, layout.turns, layout.sequences) == (2, 4, 1, 8)
+
+
+def test_experts_over_as_many_processes_as_divide_them() -> None:
+    assert plan("training.global_batch_size=12", processes=6).layout.expert == 2
+    assert plan("parallel.expert=1", "parallel.tensor=2", processes=2).config.expert_tensor_parallel_size == 2
+    alone = plan("model.moe.norm_topk_prob=false")
+    assert alone.config.moe_router_pre_softmax and alone.layout.expert == 1
+
+
+@pytest.mark.parametrize("name, latent", [("deepseek_v3_16b", True), ("llama3_8b", False), ("qwen3_30b_a3b", False)])
+def test_the_large_models_are_the_same(name: str, latent: bool, tmp_path: Path) -> None:
+    """Their sizes, on the meta device, are those that TorchTitan's have (docs/recipes.md)."""
+    text = f'framework = "megatron"\nconfig = "{name}"\n[training]\nsteps = 1\nseq_len = 8192\nlearning_rate = 1e-3\n'
+    (tmp_path / "a.toml").write_text(text)
+    found = explain(recipe.load(str(tmp_path / "a.toml")), 1)
+    wanted = {"deepseek_v3_16b": "15,706.", "llama3_8b": "8,030.", "qwen3_30b_a3b": "30,53"}
+    assert wanted[name] in found.model, found.model
+    config = recipes.resolve(recipe.load(str(tmp_path / "a.toml")), 1).config
+    if latent:
+        assert config.rope_type == "yarn" and config.moe_layer_freq[:2] == [0, 1]
+
+
+def test_explains_where_everything_is_from() -> None:
+    found = explain(recipe.load(NAME, ["megatron.ddp.bucket_size=1000000"]), 2, everything=True)
+    said = {setting.key: (setting.value, setting.said_by) for setting in found.settings}
+    assert said["num_layers"] == (4, "[model]") and said["ddp.bucket_size"] == (1000000, "[megatron.ddp]")
+    assert said["moe_aux_loss_coeff"] == (1e-3, "[megatron]") and said["activation_func"] == ("silu", "[model]")
+    assert said["expert_model_parallel_size"] == (2, "[parallel] expert")
+    assert said["init_method_std"] == (0.02, "Megatron's default")
+    assert found.model.startswith("qwen3_moe: 11.3 million parameters, 4.2 million at work")
+    assert found.processes == "2: data 2; experts over 2"
+    assert found.step.startswith("1,024 tokens = 8 sequences of 128; each of 2 data-parallel processes takes 4 at once")
+    assert ("decoder.layers.*.mlp.experts", "SequentialMLP", "FlashMoEExperts", 4) in found.swaps.summary()
+    assert not explain(recipe.load(NAME, ["swap.attention=stock", "swap.moe=stock"]), 1).swaps.rows
+
+
+@pytest.mark.parametrize(
+    "overrides, processes, text",
+    [
+        (("megatron.num_layer=2",), 1, r"unknown key \[megatron\] num_layer; did you mean 'num_layers'"),
+        (("megatron.optimzer.lr=2",), 1, r"unknown table \[megatron.optimzer\]; "),
+        (("megatron.optimizer.rate=2",), 1, r"unknown key \[megatron.optimizer\] rate"),
+        (("megatron.scheduler.warmup=2",), 1, r"unknown key \[megatron.scheduler\] warmup"),
+        (("megatron.ddp=2",), 1, r"\[megatron.ddp\] must be a table, found 2"),
+        (("megatron.num_layers=2",), 1, r"\[megatron\] num_layers = 2 contradicts \[model\], which sets it to 4"),
+        (("megatron.recompute_granularity=partial",), 1, r"\[megatron\] TransformerConfig: .*partial must be"),
+        (("megatron.fp16=true", "training.precision=bfloat16"), 1, r"Only one of self.fp16: True and self.bf16 True"),
+        (("megatron.attention_dropout=0.1",), 1, "attention_dropout = 0.1: it has none"),
+        (("megatron.hidden_dropout=0.1", "checkpoint.every=2"), 1, "do not keep random states"),
+        (("megatron.mtp_num_layers=1",), 1, "mtp_num_layers"),
+        (("megatron.ddp.use_megatron_fsdp=true",), 1, "use_megatron_fsdp"),
+        (("megatron.sequence_parallel=false", "parallel.tensor=2"), 2, "Megatron needs it for experts"),
+        (("megatron.expert_tensor_parallel_size=1", "parallel.tensor=2", "parallel.expert=1"), 2, "drift apart"),
+        (("training.steps=4",), 1, r"warmup_steps = 4 must be less than Megatron's 4 steps of decay"),
+        (("training.compile=true",), 1, r"\[training\] compile: recipes of Megatron do not have it yet"),
+        (("parallel.context=2",), 2, r"\[parallel\] context: recipes of Megatron"),
+        (("parallel.replicate=2",), 2, r"\[parallel\] replicate: recipes of Megatron"),
+        (("data.document_masks=true",), 1, r"\[data\] document_masks: recipes of Megatron"),
+        (("checkpoint.asynchronous=true",), 1, r"\[checkpoint\] asynchronous: recipes of Megatron"),
+        (("checkpoint.start_from=nowhere",), 1, "start_from = 'nowhere': no such folder"),
+        (("parallel.tensor=3",), 3, r"tensor = 3 does not divide \[model\] num_attention_heads \(4\)"),
+        (("parallel.pipeline=3",), 3, "pipeline = 3 does not divide the 4 layers"),
+        (("parallel.tensor=2",), 3, "tensor 2 × pipeline 1 needs a multiple of 2 processes, found 3"),
+        (("parallel.expert=3",), 3, "expert = 3 must divide the 16 experts and the 3 processes"),
+        ((), 3, "global_batch_size = 8 cannot be shared by 3"),
+        (("data.train=text.csx",), 1, r"\[data\] train = 'text.csx' is neither a file"),
+        (("data.tokenizer=nowhere",), 1, r"\[data\] tokenizer = 'nowhere': no such folder"),
+        (("model.moe.scoring_func=sigmoid", "model.moe.norm_topk_prob=false"), 1, "divides sigmoid scores"),
+        (("model.moe.n_group=4", "model.moe.topk_group=1"), 1, "has to be 2, found 4 / 1"),
+    ],
+)
+def test_what_cannot_be_is_named(overrides: tuple[str, ...], processes: int, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        plan(*overrides, processes=processes)
+
+
+def test_stock_latent_attention_is_impossible(tmp_path: Path) -> None:
+    text = 'framework = "megatron"\nconfig = "deepseek_v3_debug"\n[swap]\nattention = "stock"\n'
+    (tmp_path / "a.toml").write_text(text + "[training]\nsteps = 1\nseq_len = 8\nlearning_rate = 1e-3\n")
+    with pytest.raises(UsageError, match="Megatron has latent attention with TransformerEngine only"):
+        plan(name=str(tmp_path / "a.toml"))
+
+
+@pytest.mark.parametrize("key", ["steps", "seq_len", "learning_rate"])
+def test_what_megatron_has_no_default_for(key: str, tmp_path: Path) -> None:
+    lines = {"steps": "steps = 1", "seq_len": "seq_len = 8", "learning_rate": "learning_rate = 1e-3"}
+    said = "\n".join(line for name, line in lines.items() if name != key)
+    (tmp_path / "a.toml").write_text(f'framework = "megatron"\nconfig = "llama3_debug"\n[training]\n{said}\n')
+    with pytest.raises(UsageError, match=rf"\[training\] {key} is missing: Megatron has no default"):
+        plan(name=str(tmp_path / "a.toml"))
+
+
+def test_tables_of_another_framework() -> None:
+    with pytest.raises(UsageError, match=r"\[torchtitan\] is of another framework than the recipe's, 'megatron'"):
+        plan("torchtitan.metrics.log_freq=1")
+
+
+def test_a_kernel_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashmoe_train.integrations import sizes
+
+    recipes.check_kernels(plan())
+    monkeypatch.setattr(sizes, "capability", lambda device, index=None: "9.0")
+    monkeypatch.setattr(sizes, "_device", lambda: "cuda")
+    with pytest.raises(UsageError, match="--allow-fallback trains on PyTorch's kernels"):
+        recipes.check_kernels(plan())

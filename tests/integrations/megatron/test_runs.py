@@ -1,0 +1,113 @@
+"""Recipes of Megatron from end to end: the shipped one as a user starts it, work that is kept, validation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashmoe_train import recipe
+from flashmoe_train.compare import compare
+from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.megatron import checkpoints, compat, runner
+from flashmoe_train.monitor import new_console
+from flashmoe_train.schema import Swap
+
+from ... import processes
+from ...test_train import flashmoe
+from . import jobs
+
+SMALL = ("training.steps=6", "training.seq_len=32", "training.validate_steps=2", "model.num_hidden_layers=2")
+
+
+def test_trains_and_reports(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    overrides = (*SMALL, "training.validate_every=4", "checkpoint.every=6", "checkpoint.export=huggingface")
+    command = ("train", "megatron_moe_debug", *overrides, "parallel.expert=1", "--processes=1", "--allow-fallback")
+    result = flashmoe(*command, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "outputs/megatron_moe_debug"
+    summary = json.loads((run / "summary.json").read_text())
+    assert [step["step"] for step in summary["steps"]] == [1, 2, 3, 4, 5, 6]
+    assert [check["step"] for check in summary["heldout"]] == [4, 6]
+    assert summary["steps"][-1]["loss"] < summary["steps"][0]["loss"] - 0.5
+    assert all(step["dropped_rows"] == 0 and 1 <= step["expert_load"] <= 4 for step in summary["steps"])
+    assert {row["to"] for row in summary["swapped"]} == {"FlashMoEAttention", "FlashMoELayer", "FlashMoEExperts"}
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG") and (run / "log_rank0.txt").exists()
+    assert (run / "huggingface/model.safetensors").exists() and checkpoints.is_complete(run / "checkpoint/step-6")
+    (events,) = run.glob("tb/*")
+    logged = EventAccumulator(str(events)).Reload()
+    for tag in ("loss_metrics/global_avg_loss", "expert_load/max_over_mean", "lr", "grad_norm"):
+        assert [event.step for event in logged.Scalars(tag)] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in logged.Scalars("validation_metrics/loss")] == [4, 6]
+    for text in ("What was swapped", "held-out loss", "expert load", "tensorboard --logdir"):
+        assert text in result.stdout
+    assert "UserWarning" not in result.stdout + result.stderr
+    longer = flashmoe(*command[:2], *overrides, "training.steps=7", *command[-3:], folder=tmp_path)
+    assert longer.returncode == 0, longer.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert [step["step"] for step in summary["steps"]] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_mistakes_end_without_a_traceback(tmp_path: Path) -> None:
+    result = flashmoe("train", "megatron_moe_debug", "megatron.num_layer=2", folder=tmp_path)
+    assert result.returncode == 2 and result.stderr == (
+        "error: unknown key [megatron] num_layer; did you mean 'num_layers'?\n"
+    )
+
+
+@pytest.mark.slow
+def test_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    loaded = recipe.load("megatron_moe_debug", [f"folder={tmp_path}/run", *SMALL])
+    assert compare(loaded, 2, True, new_console()) <= 1e-5
+    written = json.loads((tmp_path / "run/compare/compare.json").read_text())
+    assert written["stock"]["losses"][-1] < written["stock"]["losses"][0] - 0.5
+
+
+def _keeps(root: Path) -> None:
+    tokens = root / "tokens.bin"
+    given = jobs.recipe_of("dense", root / "run", tokens, "checkpoint.every=1", "checkpoint.keep=2", "training.steps=4")
+    whole = jobs.train(given)
+    (root / "run/checkpoint/unfinished").mkdir()  # as a run leaves it that is killed in a save
+    start = f"checkpoint.start_from={root / 'run/checkpoint/step-4'}"
+    stock = {"swap": Swap(attention="stock", moe="stock")}
+    first = jobs.train(jobs.recipe_of("dense", root / "again", tokens, start).model_copy(update=stock))
+    assert whole is not None and first is not None and first.losses[0] < whole.losses[0] - 0.05
+    with pytest.raises(UsageError, match="does not fit the model"):
+        jobs.train(jobs.recipe_of("moe", root / "other", tokens, start))
+
+
+def test_keeps_the_newest_and_starts_from_weights(tmp_path: Path) -> None:
+    jobs.write_tokens(tmp_path)
+    processes.run(_keeps, tmp_path, processes=1)
+    folder = tmp_path / "run/checkpoint"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-3", "step-4", "unfinished"]
+    assert checkpoints.newest(folder) == folder / "step-4" and checkpoints.newest(tmp_path) is None
+
+
+def _saves_the_last_step(root: Path) -> None:
+    """Every process has updated its part of the weights, and gathers the others' in its next forward."""
+    tokens, last = root / "tokens.bin", dict[str, torch.Tensor]()
+    given = ["training.steps=3", "checkpoint.every=3"]
+
+    def keep(trainer: runner.Trainer) -> None:
+        trainer.export()
+        with compat.complete_parameters(trainer.wrapped):
+            last.update({name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()})
+
+    def same(trainer: runner.Trainer) -> None:
+        for name, parameter in trainer.model.named_parameters():
+            assert torch.equal(parameter, last[name]), name
+
+    jobs.train(jobs.recipe_of("moe", root / "run", tokens, *given), keep)
+    runner.Trainer.train = lambda self: None  # type: ignore[method-assign]
+    for number, saved in enumerate(("checkpoint/step-3", "huggingface")):
+        start = f"checkpoint.start_from={root / 'run' / saved}"
+        jobs.train(jobs.recipe_of("moe", root / str(number), tokens, "training.steps=3", start), same)
+
+
+def test_weights_are_saved_as_the_last_step_left_them(tmp_path: Path) -> None:
+    jobs.write_tokens(tmp_path)
+    processes.run(_saves_the_last_step, tmp_path)
