@@ -85,7 +85,7 @@ class _RoutedExperts(torch.autograd.Function):
         exchange: Exchange,
         layer: int,
     ) -> Tensor:
-        out, *computed = ep_forward(x, w1, w2, w3, ids, weights, exchange.state, exchange.lost, exchange.name, layer)
+        out, *computed = ep_forward(x, w1, w2, w3, ids, weights, exchange.order, exchange.lost, exchange.name, layer)
         ctx.save_for_backward(x, w1, w2, w3, ids, *computed)
         ctx.exchange, ctx.layer = exchange, layer
         return out

@@ -72,7 +72,10 @@ class Collective:
             slots[goes[:, rank]] += torch.where(theirs[goes[:, rank]], part, 0)
         return out.to(rows.dtype), slots
 
-    def failure(self) -> str | None:
+    def release(self) -> None:
+        """Nobody waits for what has arrived to be read."""
+
+    def failure(self) -> tuple[int, int, str] | None:
         """The backend raises errors of its own."""
         return None
 

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from flashmoe_train.ops import moe
+from flashmoe_train.ops.expert_parallel import peer
 from flashmoe_train.ops.expert_parallel.collective import Collective
 
 MOST_LAYERS = 1024  # that share an exchange
 CAPACITY = 2.0
 TIMEOUT = 300.0  # seconds
-STATE = 16  # words that kernels keep from one exchange to the next
 
 # Operators know an exchange by its name, and no two have the same one.
 _exchanges: dict[str, "Exchange"] = {}
@@ -59,6 +59,7 @@ class Exchange:
         capacity: room for the rows that the experts here compute, in multiples of M · K, an even share. Rows beyond it
             are left out and counted in `lost`.
         timeout: seconds that a rank waits for another one before it gives up.
+        peer_memory: exchange over peer memory; None: where the ranks can.
 
     Raises ValueError if these do not fit together.
     """
@@ -75,6 +76,7 @@ class Exchange:
         device: torch.device | str,
         capacity: float = CAPACITY,
         timeout: float = TIMEOUT,
+        peer_memory: bool | None = None,
     ) -> None:
         self.world, self.rank = group.size(), group.rank()
         for name, value in {"experts": experts, "tokens": tokens, "dim": dim, "top_k": top_k}.items():
@@ -85,14 +87,26 @@ class Exchange:
         if not (capacity > 0 and timeout > 0):
             raise ValueError(f"capacity and timeout must be positive, found {capacity} and {timeout}")
         self.experts, self.tokens, self.dim, self.top_k, self.dtype = experts, tokens, dim, top_k, dtype
-        self.device, self.capacity = torch.device(device), capacity
+        self.device, self.capacity, self.timeout = torch.device(device), capacity, timeout
         self.here = experts // self.world
         # Only the experts here can be a token's, so more rows cannot come.
         self.rows = min(self.world * tokens * min(top_k, self.here), math.ceil(capacity * tokens * top_k))
         self.layers: list[str] = []
-        self.state = torch.zeros(STATE, dtype=torch.int32, device=self.device)
+        self.order = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.lost = torch.zeros(MOST_LAYERS, dtype=torch.int64, device=self.device)
-        self.transport = Collective(group, experts, tokens)
+        # Why not over peer memory; None: it is.
+        self.collective_because = (
+            "it was asked for"
+            if peer_memory is False or self.world == 1
+            else peer.unsupported(group, self.device, dtype, dim)
+        )
+        if peer_memory and self.collective_because is not None:
+            raise ValueError(f"peer_memory cannot be used: {self.collective_because}")
+        self.transport: Collective | peer.PeerMemory
+        if self.collective_because is None:
+            self.transport = peer.PeerMemory(group, experts, tokens, dim, top_k, dtype, self.device, timeout)
+        else:
+            self.transport = Collective(group, experts, tokens)
         self.name = f"exchange{next(_numbers)}"
         _exchanges[self.name] = self
 
@@ -112,7 +126,12 @@ class Exchange:
     def check(self) -> None:
         """Raises RuntimeError if a rank has been waited for in vain. Does not wait for the device itself."""
         if (failure := self.transport.failure()) is not None:
-            raise RuntimeError(failure)
+            missing, layer, what = failure
+            raise RuntimeError(
+                f"expert parallelism, layer {self.layers[layer]!r}: rank {self.rank} waited {self.timeout:g} s for rank"
+                f" {missing} of its group to {what}. That one has died, is stuck, or ran other layers; results since"
+                " then are worthless"
+            )
 
     def close(self) -> None:
         """Gives the memory back; all ranks are done with it."""

@@ -1,10 +1,11 @@
 """`torch.ops.flashmoe.ep_forward` and `ep_gradients`: dispatch, experts and combine as one operator each.
 
 One operator, because what lies between dispatch and combine is memory that other ranks write into: no compiler may
-move, copy or merge what reads it, and nothing that autograd keeps may point there. `state` and `lost` are what an
+move, copy or merge what reads it, and nothing that autograd keeps may point there. `order` and `lost` are what an
 exchange changes as far as this process' program can see; being written, they keep exchanges in their order and from
-being dropped. Gradients write nothing that forward has read, since autograd would find it changed: each needs another's
-result, which keeps them in order, and their operator is one that compilers know to have effects.
+being dropped. `order` holds nothing, so a compiler that hands over a copy does no harm. Gradients write nothing that
+forward has read, since autograd would find it changed: each needs another's result, which keeps them in order, and
+their operator is one that compilers know to have effects.
 """
 
 import torch
@@ -23,7 +24,7 @@ _SAVED = (
     " Tensor position, Tensor counts, Tensor arrived"
 )
 LIBRARY.define(
-    "ep_forward(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor ids, Tensor weights, Tensor(a!) state,"
+    "ep_forward(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor ids, Tensor weights, Tensor(a!) order,"
     f" Tensor(b!) lost, str exchange, int layer) -> (Tensor out, {_SAVED})",
     tags=TAGS,
 )
@@ -46,7 +47,7 @@ def _forward(
     w3: Tensor,
     ids: Tensor,
     weights: Tensor,
-    state: Tensor,
+    order: Tensor,
     lost: Tensor,
     exchange: str,
     layer: int,
@@ -112,7 +113,7 @@ def _(
     w3: Tensor,
     ids: Tensor,
     weights: Tensor,
-    state: Tensor,
+    order: Tensor,
     lost: Tensor,
     exchange: str,
     layer: int,
