@@ -110,8 +110,9 @@ class Layers(nn.Module):
         self.call = torch.compile(self.layer, fullgraph=True) if compiled else self.layer
 
     def layer(self, x: Tensor) -> Tensor:
+        w1, w2, w3 = (self.w[i] for i in range(3))  # torch.compile of 2.11 cannot unpack them
         ids, weights = self.routing
-        return x + routed_experts(torch.tanh(x), *self.w, ids, weights, self.exchange)
+        return x + routed_experts(torch.tanh(x), w1, w2, w3, ids, weights, self.exchange)
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(3):

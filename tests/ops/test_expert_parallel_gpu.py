@@ -28,7 +28,7 @@ LARGER = 1.3  # than the error of one GPU: what a rank computes of a token is ro
 
 
 def on_gpu(**options: object) -> dict[str, object]:
-    return {"dtype": torch.bfloat16, "device": torch.device("cuda", dist.get_rank())} | options
+    return {"dtype": torch.bfloat16, "device": torch.device("cuda", dist.get_rank()), "timeout": 20.0} | options
 
 
 def exchanges(shared: Shared, **options: object) -> tuple[Exchange, Exchange]:
