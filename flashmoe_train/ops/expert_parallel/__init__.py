@@ -63,7 +63,6 @@ def routed_experts(
     Rows that exceed the exchange's capacity are not computed; `exchange.lost` counts them by layer. What is saved for
     the gradients is x, the experts' pre-activations `[C, 2n]` and index maps: backward brings the tokens here again.
     """
-    exchange.check()
     _check(x, w1, ids, weights, exchange)
     if exchange.world == 1:
         return moe(x, w1, w2, w3, ids, weights)
@@ -94,7 +93,6 @@ class _RoutedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         exchange = ctx.exchange
-        exchange.check()
         dx, dweights, dw1, dw2, dw3 = ep_gradients(dout.contiguous(), *ctx.saved_tensors, exchange.name, ctx.layer)
         return dx, dw1, dw2, dw3, None, dweights, None, None
 

@@ -53,6 +53,7 @@ def _forward(
     layer: int,
 ) -> tuple[Tensor, ...]:
     own = by_name(exchange)
+    own.check()
     position, counts = ep_plan(ids, own.experts, own.world)
     tokens = own.transport.dispatch(x, position, counts, layer, ids.contiguous(), weights.contiguous())
     assert tokens.ids is not None and tokens.weights is not None
@@ -93,6 +94,7 @@ def _gradients(
     layer: int,
 ) -> tuple[Tensor, ...]:
     own = by_name(exchange)
+    own.check()
     douts = own.transport.dispatch(dout, position, counts, layer).rows
     tokens = own.transport.dispatch(x, position, counts, layer).rows
     drows, dslots, *dw = moe_backward(douts, tokens, w1, w2, w3, arrived_weights, h, offsets, row_slot, slot_row, _MODE)
