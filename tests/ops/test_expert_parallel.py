@@ -142,7 +142,10 @@ def check_layers(shared: Shared, exchange: Exchange, compiled: bool) -> None:
     for wrap, in_flight in ((None, True), (recompute, False), (recompute, True)):
         assert all(torch.equal(a, b) for a, b in zip(gradients(wrap, in_flight), plain, strict=True))
     if compiled:
-        torch.testing.assert_close(gradients(None, True, True), plain)
+        # What lies between the layers is rounded less often when it is compiled.
+        allowed = 1e-5 if exchange.dtype == torch.float32 else 2e-2
+        for a, b in zip(gradients(None, True, True), plain, strict=True):
+            assert (a - b).norm() <= allowed * b.norm()
 
 
 def check_overflow(where: dict[str, Any]) -> None:

@@ -65,15 +65,22 @@ class FlashMoEReorderer(TokenReorderer):
     share = (0, 1)  # which part, of how many
 
 
+class Uncast:
+    """A tensor that FSDP does not see: with mixed precision it rounds the floating-point tensors that a module it wraps
+    is called with, and router weights are float32."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 class FlashMoESharedExperts(FlashMoEExperts):
     """The weights of this process' experts, called with tokens of its own and the experts of all processes."""
 
     shared: Sharing
     layer: str  # its name
 
-    def forward(self, x: Tensor, routing: Tensor, weights: Tensor | None = None) -> Tensor:
-        assert weights is not None
-        return experts_over_ranks(x, self.w1, self.w2, self.w3, routing, weights, self.shared, self.layer)
+    def forward(self, x: Tensor, ids: Tensor, weights: Uncast) -> Tensor:  # type: ignore[override]
+        return experts_over_ranks(x, self.w1, self.w2, self.w3, ids, weights.tensor, self.shared, self.layer)
 
 
 class FlashMoESharedBlock(FlashMoEBlock):
@@ -88,7 +95,7 @@ class FlashMoESharedBlock(FlashMoEBlock):
             )
         count = x.shape[0] // parts
         own = slice(part * count, (part + 1) * count)
-        out = self.experts(x[own], ids[own].contiguous(), weights[own].float().contiguous())
+        out = self.experts(x[own], ids[own].contiguous(), Uncast(weights[own].float().contiguous()))
         # The others' parts come from them: blocks under tensor parallelism give what has to be summed.
         return F.pad(out, (0, 0, own.start, x.shape[0] - own.stop))
 
