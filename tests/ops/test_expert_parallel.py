@@ -148,11 +148,11 @@ def check_layers(shared: Shared, exchange: Exchange, compiled: bool) -> None:
             assert (a - b).norm() <= allowed * b.norm()
 
 
-def check_overflow(where: dict[str, Any]) -> None:
+def check_overflow(where: dict[str, Any], sizes: dict[str, int]) -> None:
     """What there is no room for is left out of its layer and counted there; the rest is right."""
-    shared = Shared("rank", (6, 6))
+    shared = Shared("rank", (6, 6), **sizes)
     exchange = exchange_for(shared, capacity=1.0, **where)
-    run(Shared("nobody", (6, 6)), exchange, "first")
+    run(Shared("nobody", (6, 6), **sizes), exchange, "first")
     out = run(shared, exchange, "second")[0]
     last = dist.get_rank() == 1
     assert exchange.rows == 18 and exchange.layers == ["first", "second"]
@@ -192,7 +192,7 @@ def check_two() -> None:
     check_equals_one_process([(9, 5), (0, 7)])
     shared = Shared("random", (9, 7))
     check_layers(shared, exchange_for(shared), compiled=True)
-    check_overflow({})
+    check_overflow({}, {})
     check_errors()
 
 

@@ -126,7 +126,7 @@ def check_rest() -> None:
     check_layers(shared, exchange_for(shared, **on_gpu(peer_memory=True)), compiled=True)
     check_graph()
     if world == 2:
-        check_overflow(on_gpu(peer_memory=True))
+        check_overflow(on_gpu(peer_memory=True), SIZES)
 
 
 def check_missing() -> None:

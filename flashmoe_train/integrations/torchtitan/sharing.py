@@ -5,6 +5,7 @@ all processes, as one with infinite gradients is under a gradient scaler, and re
 later, when the counts have come to the host by themselves. Several in a row end the run.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Sharing:
         """That of all layers of these sizes; made by the first of them."""
         key = (group, self, experts, dim, top_k, dtype, device)
         if key not in _exchanges:
-            _exchanges[key] = Exchange(
+            made = _exchanges[key] = Exchange(
                 group,
                 experts=experts,
                 tokens=self.tokens,
@@ -48,6 +49,9 @@ class Sharing:
                 capacity=self.capacity,
                 timeout=self.timeout,
             )
+            why = made.collective_because
+            how = "peer memory" if why is None else f"{dist.get_backend(group)}'s all_to_all_single: {why}"
+            logging.info(f"flashmoe: experts on {made.world} processes exchange tokens over {how}")
         return _exchanges[key]
 
 

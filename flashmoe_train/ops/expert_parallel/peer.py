@@ -61,6 +61,15 @@ def _unsupported_here(world: int, device: torch.device, dtype: torch.dtype, dim:
         return f"the exchange over peer memory takes torch.bfloat16 and torch.float16, found {dtype}"
     if dim % 8:
         return f"the exchange over peer memory takes a model dim that is a multiple of 8, found {dim}"
+    if (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):
+        # PyTorch looks there for the ids of processes, and finds those of the processes that have died.
+        return (
+            "torchrun has started these processes again, with a store in which symmetric memory finds the last ones;"
+            " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment gives every start a new one"
+        )
     others = set(range(torch.cuda.device_count())) - {device.index}
     if not all(torch.cuda.can_device_access_peer(device.index or 0, other) for other in others):
         return f"GPU {device.index} cannot reach the memory of all others"
