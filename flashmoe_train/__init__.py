@@ -8,6 +8,7 @@
 from flashmoe_train import nn
 from flashmoe_train.integrations import pytorch as _pytorch  # noqa: F401  (registers its swaps)
 from flashmoe_train.integrations.sdpa import swap_sdpa
+from flashmoe_train.ops import expert_parallel as _expert_parallel  # noqa: F401  (defines its operators)
 from flashmoe_train.ops.attention import attention
 from flashmoe_train.ops.moe import moe
 from flashmoe_train.swap import swap

@@ -130,7 +130,8 @@ class Swap(Table):
 
     attention: Choice = "flashmoe"
     moe: Choice = "flashmoe"  # gather, experts and combine of mixture-of-experts blocks
-    dispatch: Literal["stock"] = "stock"  # the exchange of expert parallelism; ours is not there yet
+    dispatch: Choice = "stock"  # the exchange of expert parallelism; "flashmoe" needs moe = "flashmoe"
+    dispatch_capacity: Positive = 2.0  # rows that a process' experts have room for, as multiples of an even share
 
 
 class Data(Table):

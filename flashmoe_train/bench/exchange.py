@@ -15,6 +15,9 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from flashmoe_train.bench.measure import Unavailable
 from flashmoe_train.bench.moe import scattered, sorted_slots
 from flashmoe_train.bench.peers import import_peer
+from flashmoe_train.ops.expert_parallel import Exchange, ep_plan
+from flashmoe_train.ops.expert_parallel.collective import Arrived
+from flashmoe_train.ops.moe import moe_combine, moe_permute, route_plan
 
 
 class Dispatched(NamedTuple):
@@ -50,6 +53,56 @@ class AllToAll:
         by_source = torch.empty_like(by_expert).scatter_(0, by_expert, torch.arange(len(by_expert), device=y.device))
         rows = all_to_all_single_autograd(y[by_source], splits_out, splits_in, self.group)
         return scattered(rows, weights.reshape(-1)[order], token, len(weights))
+
+
+class Ours:
+    """The exchange of `routed_experts`. Like DeepEP's it brings tokens, not rows: its dispatch ends with the plan by
+    which the experts' operator reads them, its combine begins with the weighted sum of a token's rows."""
+
+    def __init__(self, experts: int, tokens: int, dim: int, top_k: int, x: Tensor) -> None:
+        self.exchange = Exchange(
+            dist.distributed_c10d._get_default_group(),
+            experts=experts,
+            tokens=tokens,
+            dim=dim,
+            top_k=top_k,
+            dtype=x.dtype,
+            device=x.device,
+            capacity=dist.get_world_size(),
+        )
+
+    def transport(self, x: Tensor, ids: Tensor, weights: Tensor, position: Tensor, counts: Tensor) -> Arrived:
+        arrived = self.exchange.transport.dispatch(x, position, counts, 0, ids, weights)
+        self.exchange.transport.release()
+        return arrived
+
+    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Dispatched:
+        position, counts = ep_plan(ids, self.exchange.experts, self.exchange.world)
+        arrived = self.transport(x, ids, weights, position, counts)
+        assert arrived.ids is not None
+        plan = route_plan(arrived.ids, self.exchange.here)
+        return Dispatched(arrived.rows, arrived.counts, (arrived.weights, plan, position, counts))
+
+    def rows(self, dispatched: Dispatched) -> Tensor:
+        """Arrived tokens sorted by expert, as identity experts would return them."""
+        plan = dispatched.handle[1]
+        return moe_permute(dispatched.rows, plan.row_slot, plan.slot_row)
+
+    def summed(self, y: Tensor, dispatched: Dispatched) -> Tensor:
+        weights, plan, _, _ = dispatched.handle
+        return moe_combine(y, plan.slot_row, weights)
+
+    def transport_back(self, sums: Tensor, dispatched: Dispatched) -> Tensor:
+        _, _, position, counts = dispatched.handle
+        return self.exchange.transport.combine(sums, position, counts, dispatched.counts, 0)[0]
+
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
+        return self.transport_back(self.summed(y, dispatched), dispatched)
+
+    def tokens(self, dispatched: Dispatched) -> Tensor:
+        """Those that have arrived, without the places between."""
+        places = dispatched.rows.unflatten(0, (self.exchange.world, -1))
+        return torch.cat([own[:count] for own, count in zip(places, dispatched.counts.tolist(), strict=True)])
 
 
 class DeepEP:

@@ -13,14 +13,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashmoe_train.bench.exchange import AllToAll, DeepEP, Dispatched, PeerCopy
+from flashmoe_train import moe
+from flashmoe_train.bench.exchange import AllToAll, DeepEP, Dispatched, Ours, PeerCopy
 from flashmoe_train.bench.expert_parallel import OPS, Case
-from flashmoe_train.bench.measure import ERROR_BOUND, Unavailable, accept, reason, relative_error, worst
+from flashmoe_train.bench.measure import ERROR_BOUND, accept, reason, relative_error, worst
 from flashmoe_train.bench.moe import grouped, grouped_experts
 from flashmoe_train.bench.moe_cases import draw
 from flashmoe_train.bench.moe_reference import forward_error, gradient_error
 from flashmoe_train.bench.results import OURS, Row
 from flashmoe_train.bench.timing import Run, Stopwatch
+from flashmoe_train.ops.expert_parallel import ep_plan, routed_experts
 
 T = TypeVar("T")
 
@@ -104,16 +106,48 @@ def everybodys(value: T) -> list[T]:
     return values
 
 
-def ours() -> tuple[Run, Callable[[], float]]:
-    raise Unavailable("the operators ep_dispatch and ep_combine do not exist yet")
-
-
 def exchange_rows(shape: Shape, stopwatch: Stopwatch) -> dict[str, Row]:
     case = shape.case
     bound = ERROR_BOUND[shape.dtype]
     rows = {op: Row() for op in OPS[:2]}
     sent = shape.least_bytes
     x, ids, weights = shape.x, shape.ids, shape.weights
+
+    def made() -> Ours:
+        return Ours(case.E, case.T, case.d, case.K, x)
+
+    def ours_dispatch() -> tuple[Run, Callable[[], float]]:
+        exchange = made()
+        run = partial(exchange.dispatch, x, ids, weights)
+
+        def error() -> float:
+            arrived = run()
+            return dispatch_error(shape, arrived._replace(rows=exchange.tokens(arrived)), by_expert=False)
+
+        return run, error
+
+    def ours_transport() -> tuple[Run, Callable[[], float]]:
+        exchange, plan = made(), ep_plan(ids, case.E, case.W)
+        run = partial(exchange.transport, x, ids, weights, *plan)
+
+        def error() -> float:
+            arrived = run()
+            tokens = exchange.tokens(Dispatched(arrived.rows, arrived.counts, None))
+            return dispatch_error(shape, Dispatched(tokens, arrived.counts, None), by_expert=False)
+
+        return run, error
+
+    def ours_combine() -> tuple[Run, Callable[[], float]]:
+        exchange = made()
+        arrived = exchange.dispatch(x, ids, weights)
+        run = partial(exchange.combine, exchange.rows(arrived), arrived)
+        return run, lambda: relative_error(run(), x.double())
+
+    def ours_transport_back() -> tuple[Run, Callable[[], float]]:
+        exchange = made()
+        arrived = exchange.dispatch(x, ids, weights)
+        run = partial(exchange.transport_back, exchange.summed(exchange.rows(arrived), arrived), arrived)
+        return run, lambda: relative_error(run(), x.double())
 
     def all_to_all_dispatch() -> tuple[Run, Callable[[], float]]:
         exchange = AllToAll(case.E)
@@ -139,11 +173,12 @@ def exchange_rows(shape: Shape, stopwatch: Stopwatch) -> dict[str, Row]:
     def peer_copy() -> tuple[Run, Callable[[], float]]:
         return PeerCopy(sent // (case.d * x.element_size()), x), lambda: 0.0
 
-    for op, all_to_all, deepep in (
-        (OPS[0], all_to_all_dispatch, deepep_dispatch),
-        (OPS[1], all_to_all_combine, deepep_combine),
+    for op, ours, transport, all_to_all, deepep in (
+        (OPS[0], ours_dispatch, ours_transport, all_to_all_dispatch, deepep_dispatch),
+        (OPS[1], ours_combine, ours_transport_back, all_to_all_combine, deepep_combine),
     ):
-        contenders = {OURS: ours, "all_to_all": all_to_all, "deepep_transport": deepep, "peer_copy": peer_copy}
+        contenders = {OURS: ours, "flashmoe_transport": transport, "all_to_all": all_to_all}
+        contenders |= {"deepep_transport": deepep, "peer_copy": peer_copy}
         measure(rows[op], contenders, bound, stopwatch)
         rows[op].gb_per_s = {name: sent / ms / 1e6 for name, ms in rows[op].ms.items()}
     return rows
@@ -153,6 +188,16 @@ def layer_row(shape: Shape, stopwatch: Stopwatch) -> Row:
     """Dispatch, experts, combine and all gradients; beside it as much expert work without any exchange."""
     row = Row()
     leaves = [x.detach().requires_grad_() for x in (shape.x, *shape.experts, shape.weights)]
+
+    def ours() -> tuple[Run, Callable[[], float]]:
+        case = shape.case
+        exchange = Ours(case.E, case.T, case.d, case.K, shape.x).exchange
+
+        def forward(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weights: Tensor) -> Tensor:
+            return routed_experts(x, w1, w2, w3, shape.ids, weights, exchange)
+
+        run = partial(with_gradients, forward, leaves, shape.dout)
+        return run, lambda: layer_error(shape, run())
 
     def all_to_all() -> tuple[Run, Callable[[], float]]:
         exchange = AllToAll(shape.case.E)
@@ -165,16 +210,19 @@ def layer_row(shape: Shape, stopwatch: Stopwatch) -> Row:
         run = partial(with_gradients, forward, leaves, shape.dout)
         return run, lambda: layer_error(shape, run())
 
-    def no_exchange() -> tuple[Run, Callable[[], float]]:
+    def no_exchange(layer: Callable[..., Tensor]) -> tuple[Run, Callable[[], float]]:
         # On one process with its own share of the experts: as many rows per expert, nothing exchanged.
         torch.manual_seed(100 + shape.rank)
         ids, weights = draw(shape.case.T, shape.here, min(shape.case.K, shape.here), 0.0, shape.device)
-        forward = lambda x, w1, w2, w3, weights: grouped(x, w1, w2, w3, ids, weights)  # noqa: E731
+        forward = lambda x, w1, w2, w3, weights: layer(x, w1, w2, w3, ids, weights)  # noqa: E731
         return partial(with_gradients, forward, [*leaves[:4], weights.requires_grad_()], shape.dout), lambda: 0.0
 
-    contenders = {OURS: ours, "all_to_all": all_to_all, "no_exchange": no_exchange}
+    contenders = {OURS: ours, "all_to_all": all_to_all}
+    contenders |= {"no_exchange": partial(no_exchange, grouped), "flashmoe_no_exchange": partial(no_exchange, moe)}
     measure(row, contenders, ERROR_BOUND[shape.dtype], stopwatch)
-    row.gb_per_s = {name: 2 * 2 * shape.least_bytes / ms / 1e6 for name, ms in row.ms.items() if name != "no_exchange"}
+    row.gb_per_s = {
+        name: 2 * 2 * shape.least_bytes / ms / 1e6 for name, ms in row.ms.items() if "no_exchange" not in name
+    }
     return row
 
 

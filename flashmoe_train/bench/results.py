@@ -23,7 +23,15 @@ OURS = "flashmoe"
 OURS_TOO = ("flashmoe_deterministic",)  # ours, asked for more than the others are: no baseline
 # What bounds an implementation without being one: dense GEMMs of the same FLOPs, a copy of the same bytes (into the
 # memory of other GPUs), DeepEP without sorting by expert and without weights, a layer that exchanges nothing.
-FLOORS = ("gemm_floor", "copy", "deepep_transport", "peer_copy", "no_exchange")
+FLOORS = (
+    "gemm_floor",
+    "copy",
+    "flashmoe_transport",
+    "deepep_transport",
+    "peer_copy",
+    "no_exchange",
+    "flashmoe_no_exchange",
+)
 EVERYBODY = "*"  # in Row.skipped: the case itself could not be measured
 
 

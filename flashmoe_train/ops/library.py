@@ -40,6 +40,9 @@ COMPILED = frozenset(
         "moe_permute",
         "moe_combine",
         "moe_combine_backward",
+        "ep_plan",
+        "ep_dispatch",
+        "ep_combine",
     }
 )
 

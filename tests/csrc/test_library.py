@@ -74,6 +74,12 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
             "permute_kernel",
             "count_kernel",
             "place_kernel",
+            "plan_kernel",
+            "dispatch_kernel",
+            "wait_kernel",
+            "receive_kernel",
+            "return_kernel",
+            "sum_kernel",
             "router_kernel",
             "router_in_memory_kernel",
             "router_backward_kernel",
@@ -181,6 +187,9 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
         "    (ops.moe_permute, (x, index[0], index)),\n"
         "    (ops.moe_combine, (x, index, None)),\n"
         "    (ops.moe_combine_backward, (x, x, index, torch.ones(4, 2))),\n"
+        "    (ops.ep_plan, (index, 4, 2)),\n"
+        "    (ops.ep_dispatch, (x, index, index[0], None, None, x, *[index] * 5, 0, 0, 0, 2, 1.0, 1, 0)),\n"
+        "    (ops.ep_combine, (x, index, index[0], None, None, x, x, *[index] * 4, 0, 0, 0, 2, 1.0, 1, 0)),\n"
         "):\n"
         "    try:\n"
         "        op.default.redispatch(on_gpu, *arguments)\n"
@@ -191,7 +200,7 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines() == [
         f"{name} must be on a CUDA device like the other tensors"
-        for name in ("q", "q", "ids", "logits", "logits", "gate", "gate", "x", "x", "rows", "rows")
+        for name in ("q", "q", "ids", "logits", "logits", "gate", "gate", "x", "x", "rows", "rows", "ids", "x", "rows")
     ]
 
 

@@ -15,6 +15,12 @@ class FlashMoE:
     moe: Choice = "flashmoe"
     """Whose gather, experts and combine run in mixture-of-experts blocks; no effect on dense models."""
 
+    dispatch: Choice = "stock"
+    """Whose exchange runs under expert parallelism; no effect without it. "flashmoe" needs moe = "flashmoe"."""
+
+    dispatch_capacity: float = 2.0
+    """Rows that the experts of a process have room for with dispatch = "flashmoe", as multiples of an even share."""
+
 
 @dataclass
 class JobConfig:
@@ -25,7 +31,13 @@ class JobConfig:
 
 def validate(config: FlashMoE) -> None:
     """Raises UsageError if a value is not one of those allowed: run natively, TorchTitan checks only the keys."""
-    for key, value in vars(config).items():
-        if value not in get_args(Choice):
+    if not config.dispatch_capacity > 0:
+        raise UsageError(f"[flashmoe] dispatch_capacity must be positive, found {config.dispatch_capacity}")
+    for key in ("attention", "moe", "dispatch"):
+        if (value := getattr(config, key)) not in get_args(Choice):
             allowed = " or ".join(repr(choice) for choice in get_args(Choice))
             raise UsageError(f"[flashmoe] {key} must be {allowed}, found {value!r}")
+    if config.dispatch == "flashmoe" and config.moe == "stock":
+        raise UsageError(
+            '[flashmoe] dispatch = "flashmoe" hands tokens to our experts: it needs moe = "flashmoe", found "stock"'
+        )

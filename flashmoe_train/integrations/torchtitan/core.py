@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from flashmoe_train.integrations.torchtitan.sharing import Sharing
+from flashmoe_train.ops import expert_parallel
 from flashmoe_train.ops.attention import attention
 from flashmoe_train.ops.library import compute_dtype
 from flashmoe_train.ops.moe import moe, moe_rows
@@ -17,7 +19,11 @@ ATTENTION_OPERATORS = (
     torch.ops.flashmoe.attention_forward.default,
     torch.ops.torch_attn._varlen_attn.default,
 )
-MOE_OPERATORS = (torch.ops.flashmoe.route_plan.default, torch.ops.flashmoe.moe_forward.default)
+MOE_OPERATORS = (
+    torch.ops.flashmoe.route_plan.default,
+    torch.ops.flashmoe.moe_forward.default,
+    torch.ops.flashmoe.ep_forward.default,
+)
 
 
 def attention_within_documents(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None) -> Tensor:
@@ -50,6 +56,18 @@ def routed_experts(
     ends = routing.cumsum(0, dtype=torch.int32)
     offsets = torch.cat([ends.new_zeros(1), ends])
     return moe_rows(x.to(dtype), w1, w2, w3, offsets).type_as(x)
+
+
+def experts_over_ranks(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ids: Tensor, weights: Tensor, shared: Sharing, layer: str
+) -> Tensor:
+    """`routed_experts` of tokens where w1, w2 and w3 are DTensors, of which each rank of their mesh has its experts."""
+    assert isinstance(w1, DTensor)
+    dtype = compute_dtype(x)
+    experts, group = w1.shape[0], w1.device_mesh.get_group()
+    w1, w2, w3 = (_local(w).to(dtype) for w in (w1, w2, w3))
+    exchange = shared.exchange(group, experts, x.shape[1], ids.shape[1], dtype, x.device)
+    return expert_parallel.routed_experts(x.to(dtype), w1, w2, w3, ids, weights, exchange, layer).type_as(x)
 
 
 def _local(w: Tensor) -> Tensor:

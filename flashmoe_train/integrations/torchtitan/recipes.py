@@ -82,7 +82,7 @@ def job_of(recipe: Recipe, processes: int) -> Job:
     """
     result = Job(recipe)
     job.activate(result)
-    for part, choice in recipe.swap.model_dump(exclude={"dispatch"}).items():
+    for part, choice in recipe.swap.model_dump().items():
         result.say(f"flashmoe.{part}", choice, f"[swap] {part}")
     result.say("job.dump_folder", recipe.folder, "folder")
     result.say("metrics.enable_tensorboard", True, OURS)

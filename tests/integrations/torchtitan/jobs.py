@@ -100,9 +100,15 @@ def write_seed_checkpoint(tables: dict[str, Any], layers: int, root: Path) -> No
 
 
 def stock_and_swapped(tables: dict[str, Any], layers: int, layouts: dict[str, list[str]], root: Path) -> None:
-    """Trains every layout with stock and with swapped modules."""
-    runs = [(layout, choice, overrides) for layout, overrides in layouts.items() for choice in ("stock", "flashmoe")]
+    """Trains every layout with stock and with swapped modules; where experts are shared, with our exchange too."""
+    runs = [(layout, choice, overrides) for layout, overrides in layouts.items() for choice in _choices(overrides)]
     _train_all(tables, layers, runs, root)
+
+
+def _choices(overrides: list[str]) -> tuple[str, ...]:
+    keys = {override.partition("=")[0].rpartition(".")[2] for override in overrides}
+    shared = "expert_parallel_degree" in keys and "expert_tensor_parallel_degree" not in keys
+    return ("stock", "flashmoe", "dispatch") if shared else ("stock", "flashmoe")
 
 
 def one_choice(tables: dict[str, Any], layers: int, choice: str, overrides: list[str], layout: str, root: Path) -> None:
@@ -115,7 +121,10 @@ def _train_all(tables: dict[str, Any], layers: int, runs: list[tuple[str, str, l
     losses: dict[str, dict[str, list[float]]] = {}
     _prepare_flavor(tables, layers)
     for layout, choice, overrides in runs:
-        result = train(tables, [*overrides, f"flashmoe.attention={choice}", f"flashmoe.moe={choice}"], root)
+        parts = {"attention": "flashmoe", "moe": "flashmoe", "dispatch": "flashmoe"}
+        if choice != "dispatch":
+            parts = {"attention": choice, "moe": choice, "dispatch": "stock"}
+        result = train(tables, [*overrides, *(f"flashmoe.{part}={value}" for part, value in parts.items())], root)
         if result is not None:
             losses.setdefault(layout, {})[choice] = result
     if losses:
@@ -133,7 +142,8 @@ def _prepare_flavor(tables: dict[str, Any], layers: int) -> None:
 
 
 def read_losses(root: Path) -> dict[str, dict[str, list[float]]]:
-    """By layout, then by "stock" or "flashmoe". Under pipeline parallelism another process logs than otherwise."""
+    """By layout, then by "stock", "flashmoe" or "dispatch" (which has our exchange too). Under pipeline parallelism
+    another process logs than otherwise."""
     losses: dict[str, dict[str, list[float]]] = {}
     for path in sorted(root.glob("losses_*.json")):
         losses |= json.loads(path.read_text())

@@ -19,8 +19,9 @@ from .jobs import tables_of
 
 
 def dims(**enabled: bool) -> types.SimpleNamespace:
-    names = ("tp_enabled", "pp_enabled", "ep_enabled", "cp_enabled")
-    return types.SimpleNamespace(**{name: enabled.get(name, False) for name in names})
+    names = ("tp_enabled", "pp_enabled", "ep_enabled", "etp_enabled", "cp_enabled")
+    degrees = {"tp": 1, "cp": 1, "ep": 2 if enabled.get("ep_enabled") else 1}
+    return types.SimpleNamespace(**{name: enabled.get(name, False) for name in names}, **degrees)
 
 
 def config(**tables: dict):
@@ -67,6 +68,45 @@ def test_swaps_attention_and_moe_blocks() -> None:
     ]
     assert list(model.state_dict()) == before
     assert {torch.ops.flashmoe.moe_forward.default, torch.ops.flashmoe.route_plan.default} <= _op_sac_save_list
+
+
+DISPATCH = {"dispatch": "flashmoe", "dispatch_capacity": 1.5}
+EXPERTS = {"name": "qwen3", "flavor": "debugmodel_moe"}
+
+
+def test_swaps_the_exchange_where_experts_are_shared() -> None:
+    model = build("debugmodel_moe", "qwen3")
+    before = list(model.state_dict())
+    tables = {"model": EXPERTS, "flashmoe": DISPATCH, "validation": {"enable": True, "local_batch_size": 8}}
+    FlashMoEConverter(config(**tables), dims(ep_enabled=True)).convert(model)
+    found = {row[2:] for row in FlashMoEConverter.last_report.summary()}
+    assert {("FlashMoESharedBlock", 8), ("FlashMoESharedExperts", 8), ("FlashMoEReorderer", 8)} <= found
+    assert list(model.state_dict()) == before
+    experts = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "FlashMoESharedExperts"]
+    assert all(m.layer == name and m.shared.capacity == 1.5 for name, m in experts)
+    assert experts[0][1].shared.tokens == 8 * 2048  # of validation, whose batches are larger
+    alone = build("debugmodel_moe", "qwen3")
+    FlashMoEConverter(config(**tables), dims()).convert(alone)  # no effect where nothing is exchanged
+    assert not any(type(m).__name__.startswith("FlashMoEShared") for m in alone.modules())
+
+
+@pytest.mark.parametrize(
+    "tables, enabled, text",
+    [
+        ({"flashmoe": DISPATCH | {"moe": "stock"}}, {}, 'it needs moe = "flashmoe", found "stock"'),
+        ({"flashmoe": DISPATCH | {"dispatch_capacity": 0.0}}, {}, r"dispatch_capacity must be positive, found 0\.0"),
+        ({"flashmoe": DISPATCH}, {"etp_enabled": True}, "expert_tensor_parallel_degree > 1 is not supported"),
+        ({"parallelism": {"pipeline_parallel_schedule": "DualPipeV"}}, {"pp_enabled": True}, "DualPipeV"),
+        ({"parallelism": {"expert_parallel_comm_backend": "deepep"}}, {}, "deepep.* contradicts"),
+        ({"optimizer": {"early_step_in_backward": True}}, {}, "early_step_in_backward cannot skip steps"),
+    ],
+)
+def test_refuses_what_the_exchange_cannot_do(tables: dict, enabled: dict, text: str) -> None:
+    model = build("debugmodel_moe", "qwen3")
+    with pytest.raises(UsageError, match=text):
+        FlashMoEConverter(
+            config(**({"model": EXPERTS, "flashmoe": DISPATCH} | tables)), dims(ep_enabled=True, **enabled)
+        ).convert(model)
 
 
 def test_one_part_alone() -> None:

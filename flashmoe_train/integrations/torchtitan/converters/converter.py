@@ -12,7 +12,7 @@ from torchtitan.tools.logging import logger
 from flashmoe_train.integrations import sizes
 from flashmoe_train.integrations.torchtitan import core
 from flashmoe_train.integrations.torchtitan.config import FlashMoE, validate
-from flashmoe_train.integrations.torchtitan.converters import attention, compat, moe
+from flashmoe_train.integrations.torchtitan.converters import attention, compat, dispatch, moe
 from flashmoe_train.swap import Report, swap_modules
 
 
@@ -30,7 +30,7 @@ class FlashMoEConverter:
         self.config = choices(job_config)
         validate(self.config)
         compat.check_job(job_config, parallel_dims, self.config)
-        self.job_config = job_config
+        self.job_config, self.parallel_dims = job_config, parallel_dims
 
     def convert(self, model: nn.Module) -> None:
         report = Report()
@@ -38,7 +38,15 @@ class FlashMoEConverter:
             report += swap_modules(model, attention.swaps(model))
             self._save_in_selective_checkpointing(core.ATTENTION_OPERATORS)
         if self.config.moe == "flashmoe":
-            report += swap_modules(model, moe.swaps(model), optional=True)  # a dense model has none
+            over_ranks = self.config.dispatch == "flashmoe" and self.parallel_dims.ep_enabled
+            swaps = moe.swaps_over_ranks(model) if over_ranks else moe.swaps(model)
+            if over_ranks:
+                dispatch.check(self.job_config, self.parallel_dims, model.model_args)
+            report += swap_modules(model, swaps, optional=True)  # a dense model has none
+            if over_ranks:
+                dispatch.prepare(model, self.job_config, self.parallel_dims, self.config)
+            else:
+                dispatch.release()
             self._save_in_selective_checkpointing(core.MOE_OPERATORS)
         for modules, found, became, count in report.summary():
             logger.info(f"flashmoe: {count} × {modules}: {found} -> {became}")

@@ -8,11 +8,14 @@ Shape legend: B batch, S sequence, D dim, T = B · S tokens, K experts per token
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchtitan.models.moe.moe import GroupedExperts, MoE
+from torchtitan.models.moe.moe import GroupedExperts, MoE, TokenReorderer
 
-from flashmoe_train.integrations.torchtitan.core import routed_experts
+from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.torchtitan.core import experts_over_ranks, routed_experts
+from flashmoe_train.integrations.torchtitan.sharing import Sharing
 from flashmoe_train.ops.moe import moe_combine, moe_permute
 from flashmoe_train.ops.moe.rows import inverse
 from flashmoe_train.swap import Swap
@@ -55,6 +58,57 @@ class FlashMoEBlock(MoE):
         return moe_combine(rows.contiguous(), slot_row, None if self.score_before_experts else weights.float())
 
 
+class FlashMoEReorderer(TokenReorderer):
+    """Not called by a block that exchanges tokens itself; knows which part of them is this process' to send, where
+    tensor parallelism gives all of a group the same."""
+
+    share = (0, 1)  # which part, of how many
+
+
+class Uncast:
+    """A tensor that FSDP does not see: with mixed precision it rounds the floating-point tensors that a module it wraps
+    is called with, and router weights are float32."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class FlashMoESharedExperts(FlashMoEExperts):
+    """The weights of this process' experts, called with tokens of its own and the experts of all processes."""
+
+    shared: Sharing
+    layer: str  # its name
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Uncast) -> Tensor:  # type: ignore[override]
+        return experts_over_ranks(x, self.w1, self.w2, self.w3, ids, weights.tensor, self.shared, self.layer)
+
+
+class FlashMoESharedBlock(FlashMoEBlock):
+    """With our exchange between the processes that share the experts."""
+
+    def _routed_by_rows(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        part, parts = self.reorderer.share
+        if x.shape[0] % parts:
+            raise UsageError(
+                f"tensor_parallel_degree {parts} does not divide the {x.shape[0]} tokens of a batch: our dispatch has"
+                " each process send its part"
+            )
+        count = x.shape[0] // parts
+        own = slice(part * count, (part + 1) * count)
+        out = self.experts(x[own], ids[own].contiguous(), Uncast(weights[own].float().contiguous()))
+        # The others' parts come from them: blocks under tensor parallelism give what has to be summed.
+        return F.pad(out, (0, 0, own.start, x.shape[0] - own.stop))
+
+
 def swaps(model: nn.Module) -> list[Swap]:
     """Every MoE block with the experts in it."""
     return [Swap(MoE, FlashMoEBlock), Swap(GroupedExperts, FlashMoEExperts)]
+
+
+def swaps_over_ranks(model: nn.Module) -> list[Swap]:
+    """The same under expert parallelism, with our exchange."""
+    return [
+        Swap(MoE, FlashMoESharedBlock),
+        Swap(GroupedExperts, FlashMoESharedExperts),
+        Swap(TokenReorderer, FlashMoEReorderer),
+    ]

@@ -180,6 +180,8 @@ def _model(tables: dict[str, Any]) -> tuple[str, str]:
 def _choices(tables: dict[str, Any]) -> FlashMoE:
     choices = FlashMoE(**tables.get("flashmoe", {}))
     validate(choices)
+    if choices.dispatch == "flashmoe":
+        raise UsageError(f'[flashmoe] dispatch = "flashmoe" is not there yet for {_this()}; "stock" is')
     return choices
 
 

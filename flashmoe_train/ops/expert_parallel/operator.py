@@ -1,0 +1,165 @@
+"""`torch.ops.flashmoe.ep_forward` and `ep_gradients`: dispatch, experts and combine as one operator each.
+
+One operator, because what lies between dispatch and combine is memory that other ranks write into: no compiler may
+move, copy or merge what reads it, and nothing that autograd keeps may point there. `order` and `lost` are what an
+exchange changes as far as this process' program can see; being written, they keep exchanges in their order and from
+being dropped. `order` holds nothing, so a compiler that hands over a copy does no harm. Gradients write nothing that
+forward has read, since autograd would find it changed: each needs another's result, which keeps them in order, and
+their operator is one that compilers know to have effects.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from flashmoe_train.ops.expert_parallel.exchange import Exchange, by_name
+from flashmoe_train.ops.expert_parallel.plan import ep_plan
+from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, implement
+from flashmoe_train.ops.moe.checks import check
+from flashmoe_train.ops.moe.experts import moe_backward, moe_forward
+from flashmoe_train.ops.moe.plan import RoutePlan, route_plan
+
+_SAVED = (
+    "Tensor h, Tensor offsets, Tensor row_slot, Tensor slot_row, Tensor arrived_weights,"
+    " Tensor position, Tensor counts, Tensor arrived"
+)
+LIBRARY.define(
+    "ep_forward(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor ids, Tensor weights, Tensor(a!) order,"
+    f" Tensor(b!) lost, str exchange, int layer) -> (Tensor out, {_SAVED})",
+    tags=TAGS,
+)
+LIBRARY.define(
+    f"ep_gradients(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor ids, {_SAVED}, str exchange,"
+    " int layer) -> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor dw3)",
+    tags=TAGS,
+)
+ep_forward = torch.ops.flashmoe.ep_forward
+ep_gradients = torch.ops.flashmoe.ep_gradients
+torch.fx.node.has_side_effect(ep_gradients.default)
+
+_MODE = "combine"  # the weight multiplies before a token's rows are summed
+
+
+def _forward(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    lost: Tensor,
+    exchange: str,
+    layer: int,
+) -> tuple[Tensor, ...]:
+    own = by_name(exchange)
+    own.check()
+    position, counts = ep_plan(ids, own.experts, own.world)
+    tokens = own.transport.dispatch(x, position, counts, layer, ids.contiguous(), weights.contiguous())
+    assert tokens.ids is not None and tokens.weights is not None
+    plan = _within(own, route_plan(tokens.ids, own.here), lost, layer)
+    rows, h = moe_forward(tokens.rows, w1, w2, w3, tokens.weights, *plan, _MODE)
+    out, _ = own.transport.combine(rows, position, counts, tokens.counts, layer)
+    return out, h, *plan, tokens.weights, position, counts, tokens.counts
+
+
+def _within(own: Exchange, plan: RoutePlan, lost: Tensor, layer: int) -> RoutePlan:
+    """The plan without the rows that there is no room for: the last ones, of the last experts."""
+    if own.rows >= plan.row_slot.shape[0]:
+        return plan
+    lost[layer] += (plan.offsets[-1] - own.rows).clamp(min=0)
+    return RoutePlan(
+        plan.offsets.clamp(max=own.rows),
+        plan.row_slot[: own.rows].clone(),  # a view would keep all of it until backward
+        plan.slot_row.masked_fill(plan.slot_row >= own.rows, -1),
+    )
+
+
+def _gradients(
+    dout: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    ids: Tensor,
+    h: Tensor,
+    offsets: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    arrived_weights: Tensor,
+    position: Tensor,
+    counts: Tensor,
+    arrived: Tensor,
+    exchange: str,
+    layer: int,
+) -> tuple[Tensor, ...]:
+    own = by_name(exchange)
+    own.check()
+    douts = own.transport.dispatch(dout, position, counts, layer).rows
+    tokens = own.transport.dispatch(x, position, counts, layer).rows
+    drows, dslots, *dw = moe_backward(douts, tokens, w1, w2, w3, arrived_weights, h, offsets, row_slot, slot_row, _MODE)
+    dx, dweights = own.transport.combine(drows, position, counts, arrived, layer, dslots, ids.contiguous())
+    assert dweights is not None
+    return dx, dweights, *dw
+
+
+implement("ep_forward", _forward, ANY_DEVICE)
+implement("ep_gradients", _gradients, ANY_DEVICE)
+
+
+@torch.library.register_fake("flashmoe::ep_forward", lib=LIBRARY)
+def _(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    lost: Tensor,
+    exchange: str,
+    layer: int,
+) -> tuple[Tensor, ...]:
+    own = by_name(exchange)
+    integers = lambda *size: ids.new_empty(size, dtype=torch.int32)  # noqa: E731
+    offsets, row_slot = integers(own.here + 1), integers(own.rows)
+    slot_row = integers(own.places, own.top_k)
+    arrived_weights = weights.new_empty((own.places, own.top_k))
+    check(x.new_empty((own.places, own.dim)), w1, w2, w3, arrived_weights, offsets, row_slot, slot_row, _MODE)
+    h = x.new_empty((own.rows, 2 * w1.shape[1]))
+    position, counts, arrived = integers(x.shape[0], own.world), integers(own.world), integers(own.world)
+    return x.new_empty(x.shape), h, offsets, row_slot, slot_row, arrived_weights, position, counts, arrived
+
+
+@torch.library.register_fake("flashmoe::ep_gradients", lib=LIBRARY)
+def _(
+    dout: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    ids: Tensor,
+    h: Tensor,
+    offsets: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    arrived_weights: Tensor,
+    *exchanged: object,
+) -> tuple[Tensor, ...]:
+    dw = (w.new_empty(w.shape) for w in (w1, w2, w3))
+    return x.new_empty(x.shape), arrived_weights.new_empty(ids.shape), *dw
+
+
+# Of the rows that an even share has, since only the devices know how many there are.
+
+
+@register_flop_formula(ep_forward)
+def _forward_flops(x: tuple, w1: tuple, w2: tuple, w3: tuple, ids: tuple, *args: object, **kwargs: object) -> int:
+    return 6 * ids[0] * ids[1] * w1[1] * w1[2]
+
+
+@register_flop_formula(ep_gradients)
+def _gradient_flops(
+    dout: tuple, x: tuple, w1: tuple, w2: tuple, w3: tuple, ids: tuple, *args: object, **kwargs: object
+) -> int:
+    return 12 * ids[0] * ids[1] * w1[1] * w1[2]
