@@ -23,7 +23,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
 from flashmoe_train.integrations.megatron import checks
-from flashmoe_train.ops.moe import moe, moe_rows
+from flashmoe_train.ops.moe import WeightGradients, moe, moe_rows
 
 # Of an expert in SequentialMLP: which parameter holds ours, and which half of its rows.
 _HOME = {"w1": ("linear_fc1", 0), "w3": ("linear_fc1", 1), "w2": ("linear_fc2", 0)}
@@ -33,7 +33,8 @@ class FlashMoEExperts(MegatronModule):
     """In place of SequentialMLP, GroupedMLP or TEGroupedMLP, in `experts` of a layer's specification.
 
     Parameters w1, w3 `[E, n, h]` and w2 `[E, h, n]`, initialised as SequentialMLP's. They are marked as Megatron marks
-    experts, so that its data parallelism sums their gradients into float32 `main_grad` over the right processes. With
+    experts, so that its data parallelism sums their gradients over the right processes. Where it has given them a
+    `main_grad`, the operator adds to that, in its dtype; gradients in the parameters' dtype are then never made. With
     `delay_wgrad_compute` that waits for `backward_dw`.
 
     Raises UsageError for a configuration that it does not compute.
@@ -49,7 +50,7 @@ class FlashMoEExperts(MegatronModule):
         self.num_local_experts = num_local_experts
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         self._build(num_local_experts)
-        self._delayed: deque[list[Tensor]] = deque()
+        self._delayed: deque[WeightGradients] = deque()
         self._wgrad_hooks: list[Callable[[], None]] = []
         if config.delay_wgrad_compute:
             for parameter in self.parameters():
@@ -77,29 +78,47 @@ class FlashMoEExperts(MegatronModule):
         """Rows x `[R, h]` sorted by expert, how many each expert has `[E]` and a weight for each `[R]`, as Megatron's
         dispatchers hand them over, give `[R, h]`. Or, from our own dispatcher: tokens x `[T, h]`, the experts of each
         `[T, K]` (-1: none) and their weights `[T, K]` give tokens `[T, h]`."""
+        gradients = self._gradients() if torch.is_grad_enabled() else None
         w1, w2, w3 = self._weights()
+        if gradients is not None:
+            apart = gradients.delayed
+            w1, w2, w3 = (w.detach().requires_grad_() for w in (w1, w2, w3)) if apart else _Added.apply(w1, w2, w3)
         if routing.dim() == 2:
-            return moe(x, w1, w2, w3, routing, probs.float(), score_mode="activation"), None
+            out = moe(x, w1, w2, w3, routing, probs.float(), score_mode="activation", gradients=gradients)
+            return out, None
         ends = routing.to(x.device).cumsum(0, dtype=torch.int32)
         offsets = torch.cat([ends.new_zeros(1), ends])
-        return moe_rows(x.contiguous(), w1, w2, w3, offsets, probs.float()), None
+        return moe_rows(x.contiguous(), w1, w2, w3, offsets, probs.float(), gradients=gradients), None
 
-    def _weights(self) -> list[Tensor]:
-        weights = [self.w1, self.w2, self.w3]
-        if not (self.config.delay_wgrad_compute and torch.is_grad_enabled()):
-            return weights
-        # Gradients stay with leaves of their own, where no hook of data parallelism sees them, until backward_dw.
-        leaves = [weight.detach().requires_grad_() for weight in weights]
-        self._delayed.append(leaves)
-        return leaves
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.w1, self.w2, self.w3
+
+    def _gradients(self) -> WeightGradients | None:
+        """Where those of a forward go, if not to autograd."""
+        weights, delayed = self._weights(), self.config.delay_wgrad_compute
+        sums: list[Any] = [getattr(weight, "main_grad", None) for weight in weights]
+        if any(dw is None for dw in sums):
+            if not delayed:
+                return None
+            sums = [torch.zeros_like(weight) for weight in weights]
+        found = WeightGradients(*sums, delayed=delayed)
+        if delayed:
+            self._delayed.append(found)
+        return found
 
     def backward_dw(self) -> None:
-        """Hands the weights' gradients of the oldest forward on, if they are delayed."""
+        """Adds the weights' gradients of the oldest forward, if they are delayed."""
         if not self._delayed:
             return
-        for parameter, leaf in zip((self.w1, self.w2, self.w3), self._delayed.popleft(), strict=True):
-            if leaf.grad is not None:
-                parameter.grad = leaf.grad if parameter.grad is None else parameter.grad + leaf.grad
+        gradients = self._delayed.popleft()
+        if not len(gradients):
+            return  # its backward has not run
+        gradients.add()
+        for weight, dw in zip(self._weights(), gradients.sums, strict=True):
+            if dw is getattr(weight, "main_grad", None):
+                weight.grad = _is_added(weight)
+            else:
+                weight.grad = dw if weight.grad is None else weight.grad + dw
         for hook in self._wgrad_hooks:
             hook()
 
@@ -138,6 +157,26 @@ class FlashMoEExperts(MegatronModule):
                     None, f"{prefix}{inside}.{name}", outer, replica_id=replica
                 )
         return found
+
+
+def _is_added(weight: Any) -> Tensor:
+    """Tells Megatron's data parallelism that `main_grad` has the gradient; it wants to see one that it may drop."""
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
+
+
+class _Added(torch.autograd.Function):
+    """Weights whose gradients are in their `main_grad` by the time that autograd comes here."""
+
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.weights = weights
+        ctx.set_materialize_grads(False)
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: None) -> tuple[Tensor, ...]:
+        return tuple(map(_is_added, ctx.weights))
 
 
 class _Shards:

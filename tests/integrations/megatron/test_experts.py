@@ -18,7 +18,7 @@ from torch import Tensor
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.megatron import compat
 from flashmoe_train.integrations.megatron.experts import FlashMoEExperts, FlashMoELayer, LocalDispatcher
-from flashmoe_train.ops.moe import moe_rows
+from flashmoe_train.ops.moe import WeightGradients, moe_rows
 
 EXPERTS, DIM, TOKENS = 4, 16, 24
 
@@ -137,23 +137,22 @@ def test_distributed_checkpoints_have_stocks_shards(apart: bool) -> None:
 
 
 def test_gradients_of_several_turns_are_summed_in_float32() -> None:
-    """The sum of two bfloat16 gradients is not one."""
+    """As the products have them: neither each gradient nor their sum is ever one of the parameters' dtype."""
     given = config(params_dtype=torch.bfloat16, bf16=True)
     _, ours = both(given)
     wrapped = DistributedDataParallel(given, DistributedDataParallelConfig(grad_reduce_in_fp32=True), ours)
     x, counts, probs = rows()
-    whole = torch.zeros(ours.w1.shape)
+    offsets = torch.tensor([0, *counts.cumsum(0)], dtype=torch.int32)
+    weights = ours.w1, ours.w2, ours.w3
+    wanted = WeightGradients(*(torch.zeros(w.shape) for w in weights))
     for turn in range(2):
-        leaf = [p.detach().clone().requires_grad_() for p in (ours.w1, ours.w3, ours.w2)]
-        wrapped((x.detach() + turn).bfloat16(), counts, probs.detach())[0].float().square().sum().backward()
-        offsets = torch.tensor([0, *counts.cumsum(0)], dtype=torch.int32)
-        w1, w3, w2 = leaf
-        y = moe_rows((x.detach() + turn).bfloat16(), w1, w2, w3, offsets, probs.detach())
-        y.float().square().sum().backward()
-        whole += w1.grad.float()
-    assert ours.w1.main_grad.dtype == torch.float32 and ours.w1.grad is None
-    assert torch.equal(ours.w1.main_grad, whole)
-    assert not torch.equal(whole, whole.bfloat16().float())
+        one = (x.detach() + turn).bfloat16()
+        wrapped(one, counts, probs.detach())[0].float().square().sum().backward()
+        moe_rows(one, *weights, offsets, probs.detach(), gradients=wanted).float().square().sum().backward()
+        assert not torch.equal(ours.w1.main_grad, ours.w1.main_grad.bfloat16().float())
+    for weight, whole in zip(weights, wanted.sums, strict=True):
+        assert weight.main_grad.dtype == torch.float32 and weight.grad is None
+        assert torch.equal(weight.main_grad, whole)
 
 
 def test_delayed_gradients_wait_for_backward_dw() -> None:
