@@ -152,6 +152,7 @@ def _check_what_is_not_done(recipe: Recipe) -> None:
     training, parallel = recipe.training, recipe.parallel
     for key, said in {
         "[data] document_masks": recipe.data is not None and recipe.data.document_masks,
+        '[swap] dispatch = "flashmoe"': recipe.swap.dispatch == "flashmoe",
         "[training] compile": training.compile,
         "[checkpoint] asynchronous": recipe.checkpoint.asynchronous,
         "[parallel] replicate": parallel.replicate > 1,
@@ -249,6 +250,8 @@ def _say_training(job: Job, recipe: Recipe, steps: int) -> None:
     training = recipe.training
     for key, value in _CHECKPOINTING[training.activation_checkpointing or "none"].items():
         job.say(f"config.{key}", value, "[training] activation_checkpointing")
+    if training.deterministic is not None:
+        job.say("config.deterministic_mode", training.deterministic, "[training] deterministic")
     job.say("config.transformer_impl", "local", OURS)  # without TransformerEngine
     if not torch.cuda.is_available():
         job.say("config.use_cpu_initialization", True, OURS)

@@ -23,6 +23,7 @@ def test_shared_keys_reach_megatron() -> None:
         "training.precision=bfloat16",
         "training.activation_checkpointing=full",
         "training.learning_rate=2e-3",
+        "training.deterministic=true",
         "parallel.tensor=2",
         "parallel.pipeline=2",
         "parallel.expert=4",
@@ -35,6 +36,7 @@ def test_shared_keys_reach_megatron() -> None:
     config, optimizer = found.config, found.optimizer
     assert (config.num_layers, config.num_moe_experts, config.moe_ffn_hidden_size) == (4, 16, 192)
     assert config.activation_func is F.silu and config.qk_layernorm and not config.moe_router_pre_softmax
+    assert config.deterministic_mode
     assert config.bf16 and config.params_dtype == config.pipeline_dtype == optimizer.params_dtype == torch.bfloat16
     assert config.recompute_granularity == "full" and config.sequence_parallel and config.moe_z_loss_coeff == 1e-3
     assert (config.expert_model_parallel_size, config.expert_tensor_parallel_size) == (4, 1)
@@ -97,6 +99,7 @@ def test_explains_where_everything_is_from() -> None:
         (("megatron.sequence_parallel=false", "parallel.tensor=2"), 2, "Megatron needs it for experts"),
         (("megatron.expert_tensor_parallel_size=1", "parallel.tensor=2", "parallel.expert=1"), 2, "drift apart"),
         (("training.steps=4",), 1, r"warmup_steps = 4 must be less than Megatron's 4 steps of decay"),
+        (("swap.dispatch=flashmoe",), 2, r'\[swap\] dispatch = "flashmoe": recipes of Megatron do not have it yet'),
         (("training.compile=true",), 1, r"\[training\] compile: recipes of Megatron do not have it yet"),
         (("parallel.context=2",), 2, r"\[parallel\] context: recipes of Megatron"),
         (("parallel.replicate=2",), 2, r"\[parallel\] replicate: recipes of Megatron"),

@@ -73,8 +73,7 @@ _SPECIAL: dict[str, Any] = {
     "validation.seq_len": int,
     "validation.local_batch_size": int,
     "parallelism.expert_tensor_parallel_degree": int,
-    "flashmoe.attention": str,
-    "flashmoe.moe": str,
+    **{f"flashmoe.{field.name}": type(field.default) for field in dataclasses.fields(FlashMoE)},
     **{f"optimizer.{key}": kind for key, kind in _ADAM.items()},
 }
 

@@ -79,6 +79,7 @@ def test_what_a_recipe_does_not_say_is_torchtitans_default(tmp_path: Path) -> No
         ("torchtitan.experimental.custom_import=x", r"unknown table \[torchtitan.experimental\] of torchtitan 0\.3"),
         ("torchtitan.flashmoe.moe=stock", r"unknown table \[torchtitan.flashmoe\]"),
         ("torchtitan.training.max_norm=x", r"\[torchtitan.training\] max_norm = 'x': .*valid number"),
+        ("swap.dispatch=flashmoe", r'dispatch = "flashmoe" is not there yet for torchtitan 0\.3'),
         ("torchtitan.training=3", r"\[torchtitan.training\] must be a table, found 3"),
         ("torchtitan.activation_checkpoint.selective_ac_option='2'", r"selective_ac_option = '2': torchtitan 0\.3"),
         (
