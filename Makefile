@@ -13,17 +13,20 @@ train: kernels
 # Where there are a GPU and nvcc, csrc/hopper is tested on it.
 SELF_TEST := $(if $(wildcard /dev/nvidia0),$(if $(or $(CUDACXX),$(shell command -v nvcc)),self-test))
 
+# Two files at a time: tests compute little and wait much, for processes that start and for compilers.
+JOBS := --numprocesses 2 --dist loadfile
+
 test: kernels $(SELF_TEST)
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest $(JOBS) -m "not slow" $(ARGS)
 
 test-all: kernels $(SELF_TEST) test-titan03
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(JOBS) $(ARGS)
 
 # TorchTitan 0.3 and the torch it needs, in an environment of their own. The sources are used as they stand, with the
 # CUDA library if it is there.
 TITAN03 := .venv-titan03
 test-titan03: $(TITAN03)/installed
-	$(TITAN03)/bin/python -m pytest tests/integrations/torchtitan $(ARGS)
+	$(TITAN03)/bin/python -m pytest $(JOBS) tests/integrations/torchtitan $(ARGS)
 
 $(TITAN03)/installed: requirements-titan03.txt
 	$(PYTHON) -m venv $(TITAN03)
