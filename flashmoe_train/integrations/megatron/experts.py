@@ -23,6 +23,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
 from flashmoe_train.integrations.megatron import checks
+from flashmoe_train.integrations.megatron.flex import slots_of
 from flashmoe_train.ops.moe import WeightGradients, moe, moe_rows
 
 # Of an expert in SequentialMLP: which parameter holds ours, and which half of its rows.
@@ -273,12 +274,9 @@ class LocalDispatcher(MoETokenDispatcher):
         """Tokens `[..., h]`, which experts each has (bool `[T, experts]`) and their weights `[T, experts]` give tokens
         `[T, h]` and weights `[T, K]`, experts in rising order."""
         self.shape = hidden.shape
-        chosen, ids = routing_map.to(torch.int8).topk(min(self.config.moe_router_topk, routing_map.shape[1]), dim=1)
-        # A token that was dropped by an expert has fewer than K: the rest are -1, which come last.
-        ids = ids.masked_fill(chosen == 0, routing_map.shape[1]).sort(dim=1).values
-        none = ids == routing_map.shape[1]
-        self.ids = ids.masked_fill(none, -1)
-        return hidden.reshape(-1, self.shape[-1]), probs.gather(1, ids.masked_fill(none, 0))  # the operator skips -1
+        # Fewer than K of a token that an expert has dropped: the operator skips -1.
+        self.ids, weights = slots_of(routing_map, probs, self.config.moe_router_topk)
+        return hidden.reshape(-1, self.shape[-1]), weights
 
     def token_dispatch(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, probs
