@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -42,13 +43,14 @@ def command_name() -> str:
 
 
 @contextlib.contextmanager
-def usage_errors(speaks: bool = True) -> Iterator[None]:
-    """Ends the program with a UsageError's text, if this process is the one that `speaks`, and no traceback."""
+def usage_errors(patience: float = 0.0) -> Iterator[None]:
+    """Ends the program with a UsageError's text and no traceback, after so many seconds in which another process may
+    say the same: torchrun then ends this one. It ends all as soon as one has ended, so who waits must be silent."""
     try:
         yield
     except UsageError as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
+        time.sleep(patience)
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -58,7 +60,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(recipe: Recipe, overrides: Overrides = None, allow_fallback: AllowFallback = False) -> None:
     """Trains RECIPE on this process of a torchrun job."""
-    with usage_errors(speaks=os.environ.get("RANK", "0") == "0"):
+    with usage_errors(patience=0 if os.environ.get("RANK", "0") == "0" else 20):
         train(recipe, overrides or [], allow_fallback)
 
 

@@ -70,6 +70,24 @@ def test_mistakes_end_without_a_traceback(arguments: tuple[str, ...], text: str,
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("rank, waited", [("0", 0), ("1", 20)])
+def test_the_first_process_says_what_is_wrong(
+    rank: str, waited: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others wait meanwhile, since torchrun ends all when one ends; and say it if nobody has ended them by then."""
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        assert capsys.readouterr().err == ""
+        slept.append(seconds)
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(train.time, "sleep", sleep)
+    with pytest.raises(SystemExit, match="2"):
+        train.main("missing_recipe")
+    assert slept == [waited] and "missing_recipe" in capsys.readouterr().err
+
+
 def test_needs_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UsageError, match="started by torchrun"):
