@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include "hopper/barrier.cuh"
+#include "hopper/cluster.cuh"
 #include "hopper/launch.cuh"
 #include "hopper/shared_memory.cuh"
 #include "hopper/tensor_map.h"
@@ -43,8 +44,9 @@ struct Shared {
   alignas(1024) T b[STAGES][TILE_COLUMNS * DEPTH];
   alignas(1024) T results[TILE_ROWS / 64][SLABS][64 * 64];
   Tile tiles[TILES];
-  Ring<STAGES> ring;
-  Ring<TILES> tile_ring;
+  int claims[TILES];  // of the second block, written by the first
+  PairRing<STAGES> ring;
+  Ring<TILES> tile_ring, claim_ring;
 };
 
 enum BarrierId { WARPGROUP = 1, CONSUMERS = 3 };  // named barriers: one for each warpgroup, one for both
@@ -57,9 +59,10 @@ __device__ __forceinline__ void prepare(Shared<T, Tile>& shared) {
   if (threadIdx.x == 0) {
     shared.ring.init(1, 8);
     shared.tile_ring.init(1, 8);
+    shared.claim_ring.init(1, 1);
     fence_barrier_init();
   }
-  __syncthreads();
+  cluster_sync();
 }
 
 // The rows of an expert. Whatever the offsets are, they lie within the tensors.
@@ -73,31 +76,51 @@ __device__ __forceinline__ Rows rows_of(const int32_t* offsets, int expert, int 
 
 // --------------------------------------------------------------------------------------------------------------- tiles
 
-// Where the index-th of `high` times `columns` tiles lies: 16 rows of tiles at a time, column by column, so that those under
+// Where the index-th of `high` times `columns` pairs of tiles lies: 8 rows of pairs at a time, column by column, so that those under
 // way are a block of about as many rows as columns.
 struct Place {
   int row, column;
 };
 __device__ __forceinline__ Place place_of(int index, int high, int columns) {
-  constexpr int TOGETHER = 16;
+  constexpr int TOGETHER = 8;
   const int first = index / (TOGETHER * columns) * TOGETHER, together = min(TOGETHER, high - first);
   index -= first * columns;
   return {first + index % together, index / together};
 }
 
-// The producer's thread: every tile of this block, found by its index, published, and loaded. `find(index, tile)` is false
-// when there is no tile any more; the tile is then marked by `steps` -1.
+// The pair of tiles that both blocks take next: the first one claims, and tells the second.
+template <typename T, typename Tile>
+__device__ __forceinline__ int agreed(Shared<T, Tile>& shared, Step<TILES> step, uint32_t rank, int index) {
+  Ring<TILES>& ring = shared.claim_ring;
+  if (rank == 0) {
+    ring.acquire(step);
+    store_in(1, &shared.claims[step.stage], index);
+    arrive_after_stores_in(1, ring.full[step.stage]);
+  } else {
+    wait_for_pair(ring.full[step.stage], step.phase);
+    index = shared.claims[step.stage];
+    arrive_in(0, ring.empty[step.stage]);
+  }
+  return index;
+}
+
+// The producer's thread: every tile of this block, found by its pair's index, published, and loaded. `find(index, tile)` is
+// false when there is no pair any more; the tile is then marked by `steps` -1.
 template <typename T, typename Tile, typename Find, typename Load>
-__device__ __forceinline__ void each_tile_published(Shared<T, Tile>& shared, int32_t* claimed, Find find, Load load) {
+__device__ __forceinline__ void each_tile_published(Shared<T, Tile>& shared, uint32_t rank, int32_t* claimed, Find find,
+                                                    Load load) {
   Step<TILES> step;
   Step<STAGES> stage;
-  int taken = int(blockIdx.x) - int(gridDim.x);  // by all blocks before, beyond each one's first
+  const int pairs = int(gridDim.x) / PAIR;
+  int taken = int(blockIdx.x) / PAIR - pairs;  // by all pairs before, beyond each one's first
   // The claim takes its time: it is under way while the last stages wait for room. Not earlier: whoever claims early may be
   // the last to begin. Nothing is computed from it here: an addition would wait for it at once.
-  const auto claim = [&] { taken = atomicAdd(claimed, 1); };
+  const auto claim = [&] {
+    if (rank == 0) taken = atomicAdd(claimed, 1);
+  };
   for (;;) {
     Tile tile;
-    if (!find(int(gridDim.x) + taken, tile)) tile.steps = -1;
+    if (!find(agreed(shared, step, rank, pairs + taken), tile)) tile.steps = -1;
     shared.tile_ring.acquire(step);
     shared.tiles[step.stage] = tile;
     shared.tile_ring.full[step.stage].arrive();
@@ -137,7 +160,10 @@ template <Major A_MAJOR, Major B_MAJOR, typename T, typename Tile, typename Visi
 __device__ __forceinline__ void multiply(float (&d)[COUNT], Shared<T, Tile>& shared, Step<STAGES>& step, int steps, uint64_t a,
                                          uint64_t b, bool active, Visit visit) {
   constexpr int A_NEXT = A_MAJOR == K_MAJOR ? 32 : 2048, B_NEXT = B_MAJOR == K_MAJOR ? 32 : 2048;  // bytes, 16 of K
-  const bool speaks = threadIdx.x % 32 == 0;  // for its warp
+  const uint32_t lane = threadIdx.x % 32;
+  const auto release = [&](Step<STAGES> stage) {
+    if (lane < PAIR) shared.ring.release(stage, lane);
+  };
   Step<STAGES> previous = step;
   for (int k = 0; k < steps; ++k) {
     shared.ring.wait(step);
@@ -151,13 +177,13 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], Shared<T, Tile>& sha
       wgmma_commit();
       wgmma_wait<1>();
     }
-    if (k > 0 && speaks) shared.ring.release(previous);
+    if (k > 0) release(previous);
     previous = step;
     step.next();
   }
   wgmma_wait<0>();
   pin(d);
-  if (steps > 0 && speaks) shared.ring.release(previous);
+  if (steps > 0) release(previous);
 }
 
 // 128 bytes of each of a warpgroup's 64 rows into one of its slabs, by `write(its address)`; and from there to memory by TMA:

@@ -51,24 +51,34 @@ struct Work {
 struct Tile {
   int expert, row, left, column;  // left: the expert's rows from `row` on
   int steps;
+  bool stacked;  // the pair's other tile has the same columns and other rows, else the same rows and other columns
 };
 
-// The tiles in the order in which blocks take them: expert by expert.
+// The pairs of tiles in the order in which blocks take them: expert by expert. Two tiles of rows share weights; where one is
+// left over, two tiles of columns share rows.
 struct Walk {
   const Work& w;
-  int expert = 0, before = 0;  // tiles of all experts before
+  uint32_t rank;
+  int expert = 0, before = 0;  // pairs of all experts before
 
   __device__ __forceinline__ bool find(int index, Tile& tile) {
     for (; expert < w.experts; ++expert) {
       const Rows rows = rows_of(w.offsets, expert, w.rows);
-      const int high = (rows.count + TILE_ROWS - 1) / TILE_ROWS;
-      if (index < before + high * w.columns) {
-        const Place place = place_of(index - before, high, w.columns);
+      const int high = (rows.count + TILE_ROWS - 1) / TILE_ROWS, stacked = high / PAIR * w.columns;
+      const int pairs = stacked + high % PAIR * ((w.columns + PAIR - 1) / PAIR), own = index - before;
+      if (own < pairs) {
+        tile.stacked = own < stacked;
+        Place place{high - 1, (own - stacked) * PAIR + int(rank)};
+        if (tile.stacked) {
+          place = place_of(own, high / PAIR, w.columns);
+          place.row = place.row * PAIR + int(rank);
+        }
         const int row = place.row * TILE_ROWS;
-        tile = {expert, rows.first + row, rows.count - row, place.column, w.steps};
+        tile.expert = expert, tile.row = rows.first + row, tile.column = place.column, tile.steps = w.steps;
+        tile.left = place.column < w.columns ? rows.count - row : 0;
         return true;
       }
-      before += high * w.columns;
+      before += pairs;
     }
     return false;
   }
@@ -76,27 +86,44 @@ struct Walk {
 
 // ------------------------------------------------------------------------------------------------------------ producer
 
-// One thread.
+// One thread. What the pair shares, each block loads half of, into both.
 template <typename T, Product P>
 __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
-  Walk walk{w};
+  constexpr int HALF = TILE_COLUMNS / 2;
+  const uint32_t rank = rank_in_pair();
+  Walk walk{w, rank};
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
     const bool first = k < w.first_steps;
-    const int depth = first ? k * DEPTH : (k - w.first_steps) * DEPTH;
-    tma_load(shared.a[stage], &w.a, full, Keep::normal, (first ? 0 : w.second_column) + depth, tile.row);
-    T* const b = shared.b[stage];
-    if constexpr (WEIGHTS_MAJOR<P> == K_MAJOR) {  // two halves: gate and up, or neighbours
-      const int column = tile.column * WIDTH<P>, second = P == Product::up ? column : column + TILE_COLUMNS / 2;
-      tma_load(b, &w.b0, full, Keep::normal, depth, column, tile.expert);
-      tma_load(b + TILE_COLUMNS / 2 * DEPTH, &w.b1, full, Keep::normal, depth, second, tile.expert);
-    } else {
+    const int depth = first ? k * DEPTH : (k - w.first_steps) * DEPTH, a_depth = (first ? 0 : w.second_column) + depth;
+    T *const a = shared.a[stage], *const b = shared.b[stage];
+    const auto load_a = [&](int i) { tma_load(a + i * DEPTH, &w.a, full, Keep::normal, a_depth, tile.row + i); };
+    const auto load_b = [&](int half, auto copy) {
+      if constexpr (WEIGHTS_MAJOR<P> == K_MAJOR) {  // two halves: gate and up, or neighbours
+        const int column = tile.column * WIDTH<P> + (P == Product::up ? 0 : half * HALF);
+        copy(b + half * HALF * DEPTH, half == 0 ? &w.b0 : &w.b1, depth, column);
+      } else {
+        const int column = half * HALF;
 #pragma unroll
-      for (int i = 0; i < TILE_COLUMNS; i += 64)
-        tma_load(b + i * DEPTH, first ? &w.b0 : &w.b1, full, Keep::normal, tile.column * TILE_COLUMNS + i, depth,
-                 tile.expert);
+        for (int i = 0; i < HALF; i += 64)
+          copy(b + (column + i) * DEPTH, first ? &w.b0 : &w.b1, tile.column * TILE_COLUMNS + column + i, depth);
+      }
+    };
+    if (tile.stacked) {
+      load_a(0), load_a(TILE_ROWS / 2);
+      load_b(int(rank), [&](T* to, const CUtensorMap* map, int x, int y) {
+        tma_load_both(to, map, full, Keep::normal, x, y, tile.expert);
+      });
+    } else {
+      const int i = int(rank) * (TILE_ROWS / 2);
+      tma_load_both(a + i * DEPTH, &w.a, full, Keep::normal, a_depth, tile.row + i);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        load_b(half, [&](T* to, const CUtensorMap* map, int x, int y) {
+          tma_load(to, map, full, Keep::normal, x, y, tile.expert);
+        });
     }
   };
-  each_tile_published(shared, w.claimed, [&](int index, Tile& tile) { return walk.find(index, tile); }, load);
+  each_tile_published(shared, rank, w.claimed, [&](int index, Tile& tile) { return walk.find(index, tile); }, load);
 }
 
 // ----------------------------------------------------------------------------------------------------------- consumers
@@ -179,7 +206,7 @@ __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
 }
 
 template <typename T, Product P>
-__global__ void __launch_bounds__(THREADS, 1) products_kernel(const __grid_constant__ Work w) {
+__global__ void __cluster_dims__(PAIR) __launch_bounds__(THREADS, 1) products_kernel(const __grid_constant__ Work w) {
   auto& shared = shared_storage<Shared<T, Tile>>();
   prepare(shared);
   if (threadIdx.x < 128) {
@@ -190,6 +217,7 @@ __global__ void __launch_bounds__(THREADS, 1) products_kernel(const __grid_const
     // From one lane, so that the compiler knows it to be the same in all: descriptors stay in uniform registers.
     consume<T, P>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }
+  cluster_sync();  // the other block may still write here
 }
 
 // -------------------------------------------------------------------------------------------------- what surrounds them
@@ -253,7 +281,7 @@ cudaError_t run(const Experts& e, int32_t* claimed, Work w, cudaStream_t stream)
   w.columns = (w.out.width + WIDTH<P> - 1) / WIDTH<P>;
   int blocks = 0;
   if (const cudaError_t error = multiprocessors(blocks)) return error;
-  return launch(products_kernel<T, P>, {dim3(blocks), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
+  return launch(products_kernel<T, P>, {dim3(blocks / PAIR * PAIR), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
 }
 
 constexpr int stages(int columns) { return (columns + DEPTH - 1) / DEPTH; }
@@ -262,7 +290,7 @@ template <typename T>
 cudaError_t up(const MoEUpParams& p, cudaStream_t stream) {
   const Experts& e = p.experts;
   Work w{};
-  w.a = rows_map<T>("x", p.x, e.rows, e.dim, TILE_ROWS);
+  w.a = rows_map<T>("x", p.x, e.rows, e.dim, TILE_ROWS / 2);
   w.b0 = weights_map<T>("w1", p.w1, e.count, e.hidden, e.dim, TILE_COLUMNS / 2);
   w.b1 = weights_map<T>("w3", p.w3, e.count, e.hidden, e.dim, TILE_COLUMNS / 2);
   w.weights = p.weights;
@@ -275,7 +303,7 @@ template <typename T>
 cudaError_t down(const MoEDownParams& p, cudaStream_t stream) {
   const Experts& e = p.experts;
   Work w{};
-  w.a = rows_map<T>("a", p.a, e.rows, e.hidden, TILE_ROWS);
+  w.a = rows_map<T>("a", p.a, e.rows, e.hidden, TILE_ROWS / 2);
   w.b0 = w.b1 = weights_map<T>("w2", p.w2, e.count, e.dim, e.hidden, TILE_COLUMNS / 2);
   w.out = output_of<T>("y", p.y, e.rows, e.dim);
   w.steps = w.first_steps = stages(e.hidden);
@@ -286,7 +314,7 @@ template <typename T>
 cudaError_t down_backward(const MoEDownBackwardParams& p, cudaStream_t stream) {
   const Experts& e = p.experts;
   Work w{};
-  w.a = rows_map<T>("dy", p.dy, e.rows, e.dim, TILE_ROWS);
+  w.a = rows_map<T>("dy", p.dy, e.rows, e.dim, TILE_ROWS / 2);
   w.b0 = w.b1 = weights_map<T>("w2", p.w2, e.count, e.dim, e.hidden, DEPTH);
   w.out = output_of<T>("da", p.da, e.rows, e.hidden);
   w.steps = w.first_steps = stages(e.dim);
@@ -297,7 +325,7 @@ template <typename T>
 cudaError_t up_backward(const MoEUpBackwardParams& p, cudaStream_t stream) {
   const Experts& e = p.experts;
   Work w{};
-  w.a = rows_map<T>("dh", p.dh, e.rows, 2 * e.hidden, TILE_ROWS);
+  w.a = rows_map<T>("dh", p.dh, e.rows, 2 * e.hidden, TILE_ROWS / 2);
   w.b0 = weights_map<T>("w1", p.w1, e.count, e.hidden, e.dim, DEPTH);
   w.b1 = weights_map<T>("w3", p.w3, e.count, e.hidden, e.dim, DEPTH);
   w.out = output_of<T>("dx", p.dx, e.rows, e.dim);

@@ -25,12 +25,15 @@ struct Tile {
   int first, rows, steps;         // of the expert
 };
 
-__device__ __forceinline__ bool find(const Work& w, int index, Tile& tile) {
-  const int of_expert = w.parts * w.high * w.columns;
+// Two tiles of a pair have the same columns: neighbours of the left rows' columns, whatever part they are of.
+__device__ __forceinline__ bool find(const Work& w, uint32_t rank, int index, Tile& tile) {
+  const int high = w.parts * w.high, pairs_high = (high + PAIR - 1) / PAIR, of_expert = pairs_high * w.columns;
   if (index >= w.experts * of_expert) return false;
   tile.expert = index / of_expert;
-  const Place place = place_of(index - tile.expert * of_expert, w.parts * w.high, w.columns);
-  tile.part = place.row / w.high, tile.row = place.row % w.high * TILE_ROWS;
+  const Place place = place_of(index - tile.expert * of_expert, pairs_high, w.columns);
+  const int row = place.row * PAIR + int(rank);
+  tile.part = min(row / w.high, w.parts - 1);
+  tile.row = (row - tile.part * w.high) * TILE_ROWS;  // of a pair's second tile, maybe beyond the last part
   tile.column = place.column * TILE_COLUMNS;
   const Rows rows = rows_of(w.offsets, tile.expert, w.rows);
   tile.first = rows.first, tile.rows = rows.count;
@@ -38,20 +41,22 @@ __device__ __forceinline__ bool find(const Work& w, int index, Tile& tile) {
   return true;
 }
 
-// One thread.
+// One thread. The pair shares the right rows: each block loads half of their columns, into both.
 template <typename T>
 __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
+  const uint32_t rank = rank_in_pair();
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
-    const int row = tile.first + k * DEPTH;
+    const int row = tile.first + k * DEPTH, shared_column = int(rank) * (TILE_COLUMNS / 2);
 #pragma unroll
     for (int i = 0; i < TILE_ROWS; i += 64)
       tma_load(shared.a[stage] + i * DEPTH, &w.a, full, Keep::normal, tile.part * w.height + tile.row + i, row);
 #pragma unroll
-    for (int i = 0; i < TILE_COLUMNS; i += 64)
-      tma_load(shared.b[stage] + i * DEPTH, &w.b, full, Keep::normal, tile.column + i, row);
+    for (int i = 0; i < TILE_COLUMNS / 2; i += 64)
+      tma_load_both(shared.b[stage] + (shared_column + i) * DEPTH, &w.b, full, Keep::normal, tile.column + shared_column + i,
+                    row);
   };
-  const auto find_tile = [&](int index, Tile& tile) { return find(w, index, tile); };
-  each_tile_published(shared, w.claimed, find_tile, load);
+  const auto find_tile = [&](int index, Tile& tile) { return find(w, rank, index, tile); };
+  each_tile_published(shared, rank, w.claimed, find_tile, load);
 }
 
 // Zeros in the rows of a stage from `begin` on, by both warpgroups.
@@ -76,10 +81,10 @@ __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
   float d[COUNT];
   int slab = 0;
   each_tile(shared, [&](const Tile& tile) {
-    multiply<MN_MAJOR, MN_MAJOR>(d, shared, step, tile.steps, a, b, true, [&](int k, int stage) {
+    const int row = tile.row + warpgroup * 64;
+    multiply<MN_MAJOR, MN_MAJOR>(d, shared, step, tile.steps, a, b, row < w.height, [&](int k, int stage) {
       if (tile.rows - k * DEPTH < DEPTH) clear_rows(shared, stage, tile.rows - k * DEPTH);
     });
-    const int row = tile.row + warpgroup * 64;
     if (row >= w.height) return;
     if (tile.steps == 0 && w.add) return;
     constexpr int SLAB_COUNT = 16 * 4 / sizeof(Out);  // accumulators that fill a slab: 64 columns, or 32 of float32
@@ -101,7 +106,7 @@ __device__ void consume(const Work& w, Shared<T, Tile>& shared, int warpgroup) {
 }
 
 template <typename T, typename Out>
-__global__ void __launch_bounds__(THREADS, 1) weight_gradient_kernel(const __grid_constant__ Work w) {
+__global__ void __cluster_dims__(PAIR) __launch_bounds__(THREADS, 1) weight_gradient_kernel(const __grid_constant__ Work w) {
   auto& shared = shared_storage<Shared<T, Tile>>();
   prepare(shared);
   if (threadIdx.x < 128) {
@@ -111,6 +116,7 @@ __global__ void __launch_bounds__(THREADS, 1) weight_gradient_kernel(const __gri
     more_registers<CONSUMER_REGISTERS>();
     consume<T, Out>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }
+  cluster_sync();  // the other block may still write here
 }
 
 // -------------------------------------------------------------------------------------------------------------- launch
@@ -129,7 +135,7 @@ cudaError_t run(const Experts& e, int32_t* claimed, const Matrix& a, const Matri
   w.high = (height + TILE_ROWS - 1) / TILE_ROWS, w.columns = (width + TILE_COLUMNS - 1) / TILE_COLUMNS;
   int blocks = 0;
   if (const cudaError_t error = multiprocessors(blocks)) return error;
-  return launch(weight_gradient_kernel<T, Out>, {dim3(blocks), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
+  return launch(weight_gradient_kernel<T, Out>, {dim3(blocks / PAIR * PAIR), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
 }
 
 auto run_of(const Experts& e, const GradientSums& to) {
