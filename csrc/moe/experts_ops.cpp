@@ -164,7 +164,9 @@ struct Layer {
 
   int chunk() const {
     const Experts& e = experts;
-    const int parts = int64_t(e.count) * e.dim > e.rows ? 4 : int64_t(5) * e.hidden > int64_t(3) * e.dim ? 2 : 1;
+    const bool gradients_are_most = int64_t(e.count) * e.dim > e.rows;
+    const bool rows_were_kept = int64_t(5) * e.hidden <= int64_t(3) * e.dim;  // as experts.py does it
+    const int parts = gradients_are_most ? 4 : rows_were_kept ? 1 : 2;
     const int part = (e.dim + parts - 1) / parts;
     return std::min(std::max(LEAST_CHUNK, (part + CHUNK_MULTIPLE - 1) / CHUNK_MULTIPLE * CHUNK_MULTIPLE), e.dim);
   }
