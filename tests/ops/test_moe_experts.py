@@ -254,7 +254,7 @@ def most_alive(tokens: int, dim: int, hidden: int, experts: int, top_k: int) -> 
     """Numbers that are alive at once where the most are, beside the inputs: docs/kernels/moe.md."""
     rows, dw = tokens * top_k, experts * hidden * dim
     kept, last = 5 * hidden <= 3 * dim, hidden > dim
-    chunk = dim // (4 if experts * dim > rows else 1 if kept else 2)
+    chunk = max(512, dim // (4 if experts * dim > rows else 1 if kept else 2))
     a = hidden * last  # still there
     return tokens * dim + max(
         rows * (3 * hidden + dim),  # forward: h, a and the rows of out
