@@ -184,6 +184,8 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
         "    (ops.moe_glu, (x, x, index[0], None)),\n"
         "    (ops.moe_glu_backward, (x, x, x, index[0], None)),\n"
         "    (ops.moe_forward, (x, x[None], x.T[None], x[None], None, index[0], None, None, 'combine')),\n"
+        "    (ops.moe_down_backward, (x, x.T[None], None, x, index[0], None, None, 'combine', True)),\n"
+        "    (ops.moe_up_backward, (x, x[None], x[None], index[0], None, None)),\n"
         "    (ops.moe_permute, (x, index[0], index)),\n"
         "    (ops.moe_combine, (x, index, None)),\n"
         "    (ops.moe_combine_backward, (x, x, index, torch.ones(4, 2))),\n"
@@ -200,7 +202,10 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines() == [
         f"{name} must be on a CUDA device like the other tensors"
-        for name in ("q", "q", "ids", "logits", "logits", "gate", "gate", "x", "x", "rows", "rows", "ids", "x", "rows")
+        for name in (
+            *("q", "q", "ids", "logits", "logits", "gate", "gate", "x", "dout", "dh", "x", "rows", "rows"),
+            *("ids", "x", "rows"),
+        )
     ]
 
 

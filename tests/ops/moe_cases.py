@@ -67,6 +67,49 @@ def oracle(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, weights: Tensor, ids: 
     return (y * torch.where(used, weights, 0.0)[:, :, None]).sum(1)
 
 
+# The operators that one backward runs, each once.
+BACKWARD = ("moe_down_backward", "moe_weight_gradient_down", "moe_up_backward", "moe_weight_gradient_up")
+
+
+def backward_by_operators(
+    dout: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    weights: Tensor | None,
+    h: Tensor,
+    offsets: Tensor,
+    row_slot: Tensor | None,
+    slot_row: Tensor | None,
+    score_mode: str,
+    keep_rows: bool = False,
+) -> tuple[Tensor, ...]:
+    """(dx, dweights, dw1, dw2, dw3) without autograd."""
+    ops, plan = torch.ops.flashmoe, (offsets, row_slot, slot_row)
+    dh, a, dweights, dy = ops.moe_down_backward(dout, w2, weights, h, *plan, score_mode, keep_rows)
+    kept = keep_rows and row_slot is not None
+    dw2 = ops.moe_weight_gradient_down(*((dy, a, offsets, None, None) if kept else (dout, a, *plan)))
+    dw1, dw3 = ops.moe_weight_gradient_up(x, dh, *plan)
+    return ops.moe_up_backward(dh, w1, w3, *plan), dweights, dw1, dw2, dw3
+
+
+def parts_of_backward(forward: tuple, dout: Tensor, h: Tensor | None = None) -> dict[str, tuple]:
+    """The operators that backward is made of, and what each is given after `moe_forward` was given `forward`."""
+    ops = torch.ops.flashmoe
+    x, w1, w2, w3, weights, *plan, score_mode = (t.detach() if isinstance(t, Tensor) else t for t in forward)
+    if h is None:
+        _, h = ops.moe_forward(x, w1, w2, w3, weights, *plan, score_mode)
+    down = dout, w2, weights, h, *plan, score_mode
+    dh, a, *_ = ops.moe_down_backward(*down, False)
+    return {
+        "moe_down_backward": (*down, True),
+        "moe_up_backward": (dh, w1, w3, *plan),
+        "moe_weight_gradient_down": (dout, a, *plan),
+        "moe_weight_gradient_up": (x, dh, *plan),
+    }
+
+
 CASES = [
     Case(),
     Case(score_mode="activation"),
@@ -85,4 +128,6 @@ CASES = [
     Case(routing="nobody"),
     Case(routing="zipf"),
     Case(tokens=129, dim=24, hidden=40),
+    Case(dim=40, hidden=24),  # few enough columns for backward to keep dout's rows
+    Case(dim=40, hidden=24, routing="skipped", score_mode="activation"),
 ]

@@ -12,7 +12,7 @@ from flashmoe_train import moe
 from flashmoe_train.bench.measure import relative_error
 from flashmoe_train.ops.moe import MoECase, moe_rows, supports
 
-from .moe_cases import Case
+from .moe_cases import Case, backward_by_operators
 
 ops = torch.ops.flashmoe
 NAMES = ("out", "dx", "dw1", "dw2", "dw3", "dweights")
@@ -99,7 +99,7 @@ def by_operators(
     """(out, h, dx, dweights, dw1, dw2, dw3) without autograd."""
     x, w1, w2, w3, weights = inputs
     out, h = ops.moe_forward(x, w1, w2, w3, weights, *plan, score_mode)
-    return out, h, *ops.moe_backward(dout, x, w1, w2, w3, weights, h, *plan, score_mode)
+    return out, h, *backward_by_operators(dout, x, w1, w2, w3, weights, h, *plan, score_mode)
 
 
 def spoil(x: Tensor, w1: Tensor, rows: int) -> None:

@@ -22,7 +22,7 @@ from flashmoe_train.bench.timing import Stopwatch
 from flashmoe_train.nn import MoE
 from flashmoe_train.ops.moe import moe_rows, route_plan
 
-from .moe_cases import Case
+from .moe_cases import BACKWARD, Case, backward_by_operators, parts_of_backward
 from .moe_gpu import DTYPES, Rows, assert_right, by_operators, exact, kernel, kernel_rows, results
 from .operators import (
     ON_HOPPER,
@@ -69,10 +69,10 @@ MATRICES: dict[str, Callable[[int, int], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dim", [SKIPPED.dim, 648])
+@pytest.mark.parametrize("dim, keep_rows", [(SKIPPED.dim, False), (SKIPPED.dim, True), (648, False)])
 @pytest.mark.parametrize("sorted_rows", [False, True])
 @pytest.mark.parametrize("view", MATRICES)
-def test_views_of_tokens(view: str, sorted_rows: bool, dim: int) -> None:
+def test_views_of_tokens(view: str, sorted_rows: bool, dim: int, keep_rows: bool) -> None:
     """Bitwise what contiguous copies give: of x, of dout and of h."""
     (_, w1, w2, w3, weights), ids, _ = inputs_of(replace(SKIPPED, dim=dim))
     plan = route_plan(ids, SKIPPED.experts)
@@ -88,7 +88,8 @@ def test_views_of_tokens(view: str, sorted_rows: bool, dim: int) -> None:
     def run(x: Tensor, dout: Tensor, h: Tensor) -> tuple[Tensor, ...]:
         row_weights, _, *plan = rest
         out, _ = ops.moe_forward(x, w1.detach(), w2.detach(), w3.detach(), row_weights, *plan)
-        return out, *ops.moe_backward(dout, x, w1.detach(), w2.detach(), w3.detach(), row_weights, h, *plan)
+        w = (t.detach() for t in (w1, w2, w3))
+        return out, *backward_by_operators(dout, x, *w, row_weights, h, *plan, keep_rows=keep_rows)
 
     copies = (t.clone(memory_format=torch.contiguous_format) for t in (x, dout, h))
     assert_same(run(x, dout, h), run(*copies))
@@ -343,9 +344,8 @@ def test_opcheck(case: Case) -> None:
     (x, *inputs), ids, _ = inputs_of(case)
     arguments = (x, *inputs, *route_plan(ids, case.experts), case.score_mode)
     assert_opcheck(ops.moe_forward.default, arguments)
-    detached = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
-    out, h = ops.moe_forward(*detached)
-    assert_opcheck(ops.moe_backward.default, (torch.randn_like(out), *detached[:5], h, *detached[5:]))
+    for name, given in parts_of_backward(arguments, torch.randn_like(x)).items():
+        assert_opcheck(getattr(ops, name).default, given)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -354,17 +354,18 @@ def test_opcheck_of_rows(weighted: bool) -> None:
     *inputs, weights = rows.inputs
     arguments = (*inputs, weights if weighted else None, rows.offsets, None, None, "activation")
     assert_opcheck(ops.moe_forward.default, arguments)
-    detached = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
-    out, h = ops.moe_forward(*detached)
-    assert_opcheck(ops.moe_backward.default, (torch.randn_like(out), *detached[:5], h, *detached[5:]))
+    for name, given in parts_of_backward(arguments, torch.randn_like(inputs[0])).items():
+        assert_opcheck(getattr(ops, name).default, given)
 
 
 def test_opcheck_of_backward_with_rows_of_nobody() -> None:
+    """Of what has results that are all written."""
     inputs, ids, dout = inputs_of(Case(23, 16, 24, routing="skipped"))
-    x, w1, w2, w3, weights = (t.detach() for t in inputs)
-    plan = route_plan(ids, 5)
     h = torch.randn(46, 48, device="cuda").bfloat16()
-    assert_opcheck(ops.moe_backward.default, (dout, x, w1, w2, w3, weights, h, *plan, "combine"))
+    parts = parts_of_backward((*inputs, *route_plan(ids, 5), "combine"), dout, h)
+    del parts["moe_down_backward"]
+    for name, given in parts.items():
+        assert_opcheck(getattr(ops, name).default, given)
 
 
 @pytest.mark.parametrize("score_mode", ["combine", "activation"])
@@ -418,14 +419,14 @@ def test_selective_checkpointing_does_not_recompute() -> None:
     wanted = forward_backward(block, inputs, dout)
     with CountOperators() as counter:
         found = forward_backward(checkpointed, inputs, dout)
-    assert counter.counts == {"route_plan": 1, "moe_forward": 1, "moe_backward": 1}
+    assert counter.counts == dict.fromkeys(("route_plan", "moe_forward", *BACKWARD), 1)
     assert_same(found, wanted)
 
 
 def test_gradients_have_no_gradient() -> None:
     inputs, ids, _ = inputs_of(CASE)
     (dx,) = torch.autograd.grad(kernel(CASE, ids)(*inputs).float().square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="flashmoe::moe_backward has no gradient"):
+    with pytest.raises(NotImplementedError, match="flashmoe::moe_up_backward has no gradient"):
         dx.sum().backward()
 
 
@@ -450,7 +451,7 @@ def test_module_in_bfloat16(score_mode: str) -> None:
 
     with CountOperators() as counter:
         found = step(module, x, dout)
-    assert counter.counts["moe_forward"] == counter.counts["moe_backward"] == 1
+    assert counter.counts["moe_forward"] == counter.counts["moe_down_backward"] == 1
     wanted = step(reference, x.detach().cpu().float(), dout.cpu().float())
     assert max(norm_errors(found, wanted)) <= 3e-2
 
@@ -476,7 +477,7 @@ def test_module_trains_under_autocast() -> None:
 
     with CountOperators() as counter:
         losses, changes = train(module, "cuda")
-    assert counter.counts["moe_forward"] == counter.counts["moe_backward"] == 3
+    assert counter.counts["moe_forward"] == counter.counts["moe_down_backward"] == 3
     wanted_losses, wanted_changes = train(reference, "cpu")
     assert losses == pytest.approx(wanted_losses, rel=1e-3) and losses[0] > losses[1] > losses[2]
     assert max(norm_errors(changes, wanted_changes)) <= 5e-2
@@ -598,38 +599,63 @@ def test_direct_call_names_the_wrong_argument(number: int) -> None:
         ops.moe_forward(*arguments)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_direct_call_of_backward_names_the_wrong_argument(number: int) -> None:
-    arguments, text = changed(number)
-    x = forward_arguments()[0]
-    h = torch.zeros(46, 48, device="cuda", dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match=text):
-        ops.moe_backward(x, *arguments[:5], h, *arguments[5:])
-
-
 @pytest.mark.parametrize(
     "name, change, text",
     [
         ("dout", lambda x: x[0], r"dout must have 2 dimensions, found \[16\]"),
-        ("dout", lambda x: x[:9], r"dout must be \[23, 16\], found \[9, 16\]"),
+        ("dout", lambda x: x[:9], r"slot_row must have a row per token of dout, found \[23, 2\] and \[9, 16\]"),
         ("dout", lambda x: x[:, :8], r"dout must be \[23, 16\], found \[23, 8\]"),
-        ("dout", lambda x: x.half(), "dout must have x's dtype BFloat16, found Half"),
+        ("dout", lambda x: x.half(), "w2 must have dout's dtype Half, found BFloat16"),
+        ("dout", lambda x: x.float(), "dout must be bfloat16 or float16 for the compiled kernels, found Float"),
         ("dout", lambda x: x.cpu(), "dout must be on a CUDA device"),
         ("dout", transposed, "dout must have a contiguous last dimension"),
         ("h", lambda x: x[0], r"h must have 2 dimensions, found \[48\]"),
         ("h", lambda x: x[:9], r"h must be \[46, 48\], found \[9, 48\]"),
         ("h", lambda x: x[:, :24], r"h must be \[46, 48\], found \[46, 24\]"),
-        ("h", lambda x: x.float(), "h must have x's dtype BFloat16, found Float"),
+        ("h", lambda x: x.float(), "h must have dout's dtype BFloat16, found Float"),
         ("h", lambda x: x.cpu(), "h must be on a CUDA device"),
         ("h", transposed, "h must have a contiguous last dimension"),
+        ("w2", lambda w: w[0], r"w2 must be \[experts, model dim, hidden dim\], found \[16, 24\]"),
+        ("w2", lambda w: w[:4], r"offsets must be \[experts \+ 1\] = \[5\], found \[6\]"),
+        ("w2", lambda w: w.cpu(), "w2 must be on CUDA device 0"),
+        ("w2", transposed, "w2 must have a contiguous last dimension"),
+        ("weights", lambda w: w.double(), "weights must be Float, found Double"),
+        ("weights", lambda w: w[:, :1], r"weights must be one for each slot, or row, found \[23, 1\]"),
+        ("slot_row", lambda x: None, "row_slot and slot_row must be given together"),
+        ("score_mode", lambda x: "before", r"score_mode must be one of .*, found 'before'"),
     ],
 )
-def test_direct_call_names_a_wrong_gradient(name: str, change: Callable, text: str) -> None:
-    arguments = forward_arguments()
-    given = {"dout": torch.ones_like(arguments[0]), "h": torch.zeros(46, 48, device="cuda", dtype=torch.bfloat16)}
+def test_direct_call_of_down_backward_names_the_wrong_argument(name: str, change: Callable, text: str) -> None:
+    given = dict(zip(ARGUMENTS, forward_arguments(), strict=True))
+    given |= {"dout": torch.ones_like(given["x"]), "h": torch.zeros(46, 48, device="cuda", dtype=torch.bfloat16)}
+    given[name] = change(given[name])
+    names = ("dout", "w2", "weights", "h", "offsets", "row_slot", "slot_row", "score_mode")
+    with pytest.raises(RuntimeError, match=text):
+        ops.moe_down_backward(*(given[name] for name in names), True)
+
+
+@pytest.mark.parametrize(
+    "name, change, text",
+    [
+        ("dh", lambda x: x[0], r"dh must have 2 dimensions, found \[48\]"),
+        ("dh", lambda x: x[:9], r"dh must be \[46, 48\], found \[9, 48\]"),
+        ("dh", lambda x: x[:, :24], r"dh must be \[46, 48\], found \[46, 24\]"),
+        ("dh", lambda x: x.float(), "dh must be bfloat16 or float16 for the compiled kernels, found Float"),
+        ("dh", transposed, "dh must have a contiguous last dimension"),
+        ("w1", lambda w: w[0], r"w1 must be \[experts, hidden dim, model dim\], found \[24, 16\]"),
+        ("w1", lambda w: w.half(), "w1 must have dh's dtype BFloat16, found Half"),
+        ("w3", lambda w: w[:, :16], r"w3 must be \[5, 24, 16\], found \[5, 16, 16\]"),
+        ("w3", lambda w: w.cpu(), "w3 must be on CUDA device 0"),
+        ("offsets", lambda x: x.long(), "offsets must be int32, found Long"),
+        ("row_slot", lambda x: None, "row_slot and slot_row must be given together"),
+    ],
+)
+def test_direct_call_of_up_backward_names_the_wrong_argument(name: str, change: Callable, text: str) -> None:
+    given = dict(zip(ARGUMENTS, forward_arguments(), strict=True))
+    given["dh"] = torch.zeros(46, 48, device="cuda", dtype=torch.bfloat16)
     given[name] = change(given[name])
     with pytest.raises(RuntimeError, match=text):
-        ops.moe_backward(given["dout"], *arguments[:5], given["h"], *arguments[5:])
+        ops.moe_up_backward(*(given[name] for name in ("dh", "w1", "w3", "offsets", "row_slot", "slot_row")))
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -644,14 +670,14 @@ def test_direct_call_names_a_wrong_gradient(name: str, change: Callable, text: s
     ],
 )
 def test_wrong_map_is_asserted_on_the_device(wrong: str, backward: bool) -> None:
-    call = "moe_backward(x, x, w, w, w, None, h" if backward else "moe_forward(x, w, w, w, None"
+    call = "moe_down_backward(x, w, None, h" if backward else "moe_forward(x, w, w, w, None"
     program = (
         "import torch\nfrom flashmoe_train.ops.moe import route_plan\n"
         "x, w = (torch.ones(s, device='cuda', dtype=torch.bfloat16) for s in ((8, 16), (4, 16, 16)))\n"
         "h = torch.ones(16, 32, device='cuda', dtype=torch.bfloat16)\n"
         "ids = torch.arange(16, device='cuda').view(8, 2) % 4\n"
         f"offsets, row_slot, slot_row = route_plan(ids, 4)\n{wrong}\n"
-        f"torch.ops.flashmoe.{call}, offsets, row_slot, slot_row, 'combine')\n"
+        f"torch.ops.flashmoe.{call}, offsets, row_slot, slot_row, 'combine'{', True' * backward})\n"
         "torch.cuda.synchronize()"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

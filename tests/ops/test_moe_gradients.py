@@ -1,6 +1,6 @@
 """Gradients of the experts' weights that are added to given tensors: by the reference, and by the kernels on a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flashmoe_train import moe
 from flashmoe_train.ops.moe import MoECase, WeightGradients, moe_permute, moe_rows, route_plan, supports
 
-from .moe_cases import CASES, Case
+from .moe_cases import CASES, Case, parts_of_backward
 from .operators import ON_HOPPER, assert_close_in_norm, assert_opcheck, captured
 
 ops = torch.ops.flashmoe
@@ -131,15 +131,16 @@ def test_fallback_adds_too(delayed: bool, device: str, monkeypatch: pytest.Monke
 # ------------------------------------------------------------------------------------------------------- as an operator
 
 
-def part_arguments(case: Case, device: str) -> tuple[tuple, tuple]:
-    """What moe_backward_data, and what moe_weight_gradients_ takes between the sums and `accumulate`."""
+def part_arguments(case: Case, device: str) -> tuple[tuple[Tensor, ...], dict[str, tuple]]:
+    """w1, w2 and w3; and what the operators that write or add take between the sums and `accumulate`."""
     (x, *w, weights), ids, dout = inputs_of(case, device)
-    x, *w, weights = (t.detach() for t in (x, *w, weights))
-    plan = route_plan(ids, case.experts)
-    _, h = ops.moe_forward(x, *w, weights, *plan, case.score_mode)
-    data = dout, x, *w, weights, h, *plan, case.score_mode
-    _, _, dh, a = ops.moe_backward_data(*data)
-    return data, (dout, x, dh, a, *plan)
+    parts = parts_of_backward((x, *w, weights, *route_plan(ids, case.experts), case.score_mode), dout)
+    return tuple(p.detach() for p in w), {name: parts[f"moe_weight_gradient_{name}"] for name in ("down", "up")}
+
+
+def into(sums: Sequence[Tensor], given: dict[str, tuple], accumulate: bool) -> None:
+    ops.moe_weight_gradient_down_(sums[1], *given["down"], accumulate)
+    ops.moe_weight_gradient_up_(sums[0], sums[2], *given["up"], accumulate)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,24 +149,23 @@ def part_arguments(case: Case, device: str) -> tuple[tuple, tuple]:
 def test_writes_or_adds(case: Case, device: str, dtype: torch.dtype) -> None:
     """Written, nothing of what was there is left, whatever it was; added, experts without rows keep it bit by bit. The
     sums may be parts of larger tensors, of which nothing else is touched."""
-    data, given = part_arguments(case, device)
-    w = data[2:5]
+    w, given = part_arguments(case, device)
     larger = [(p.shape[0] + 1, p.shape[1] + 3, p.shape[2] + 8) for p in w]
     whole = [torch.full(shape, torch.nan, device=device, dtype=dtype) for shape in larger]
     sums = [t[1:, 2:-1, 8:] for t in whole]
-    ops.moe_weight_gradients_(*sums, *given, False)
-    wanted = ops.moe_backward(*data)[2:]
-    for found, expected in zip(sums, wanted, strict=True):
+    into(sums, given, False)
+    dw1, dw3 = ops.moe_weight_gradient_up(*given["up"])
+    for found, expected in zip(sums, (dw1, ops.moe_weight_gradient_down(*given["down"]), dw3), strict=True):
         assert torch.equal(found.bfloat16(), expected)
     for t, s in zip(whole, sums, strict=True):
         assert t.isnan().sum() == t.numel() - s.numel()
 
-    offsets = given[4]
+    offsets = given["up"][2]
     empty = offsets[1:] == offsets[:-1]
     first = [s.clone() for s in sums]
     for s in sums:
         s[empty] = torch.nan
-    ops.moe_weight_gradients_(*sums, *given, True)
+    into(sums, given, True)
     for s, once in zip(sums, first, strict=True):
         assert s[empty].isnan().all()
         assert torch.equal(s[~empty], once[~empty] * 2)
@@ -173,22 +173,18 @@ def test_writes_or_adds(case: Case, device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device: str) -> None:
-    data, given = part_arguments(Case(), device)  # rows of nobody hold anything
-    assert_opcheck(ops.moe_backward_data.default, data)
-    sums = random_sums(data[2:5], torch.float32)
+    w, given = part_arguments(Case(), device)  # rows of nobody hold anything
+    dw1, dw2, dw3 = random_sums(w, torch.float32)
     for accumulate in (False, True):
-        assert_opcheck(ops.moe_weight_gradients_.default, (*sums, *given, accumulate))
+        assert_opcheck(ops.moe_weight_gradient_down_.default, (dw2, *given["down"], accumulate))
+        assert_opcheck(ops.moe_weight_gradient_up_.default, (dw1, dw3, *given["up"], accumulate))
 
 
 def test_flops() -> None:
-    data, given = part_arguments(Case(), "cpu")
-    product_of_rows = 2 * 46 * 24 * 16
+    w, given = part_arguments(Case(), "cpu")
     with FlopCounterMode(display=False) as counter:
-        ops.moe_backward_data(*data)
-    assert counter.get_total_flops() == 3 * product_of_rows
-    with FlopCounterMode(display=False) as counter:
-        ops.moe_weight_gradients_(*random_sums(data[2:5], torch.float32), *given, True)
-    assert counter.get_total_flops() == 3 * product_of_rows
+        into(random_sums(w, torch.float32), given, True)
+    assert counter.get_total_flops() == 3 * 2 * 46 * 24 * 16
 
 
 def test_compiled_code_leaves_it_to_eager_mode() -> None:
@@ -202,11 +198,11 @@ def test_compiled_code_leaves_it_to_eager_mode() -> None:
 
 @pytest.mark.parametrize("device", DEVICES[1:])
 def test_cuda_graph_adds_at_every_replay(device: str) -> None:
-    data, given = part_arguments(Case(), device)
-    sums = [torch.zeros_like(p, dtype=torch.float32) for p in data[2:5]]
+    w, given = part_arguments(Case(), device)
+    sums = [torch.zeros_like(p, dtype=torch.float32) for p in w]
 
     def add() -> tuple[Tensor, ...]:
-        ops.moe_weight_gradients_(*sums, *given, True)
+        into(sums, given, True)
         return ()
 
     graph, _ = captured(add)
@@ -265,14 +261,17 @@ def test_wrong_sums(changes: dict, error: type[Exception], text: str, rows: bool
 
 WRONG_PARTS: list[tuple[str, Callable, str]] = [
     ("dw1", lambda s: s[0], r"dw1 must be \[experts, hidden dim, model dim\], found \[24, 16\]"),
+    ("dw1", lambda s: s[..., :8], r"dw1 must be \[5, 24, 16\], found \[5, 24, 8\]"),
     ("dw2", lambda s: s[:, :8], r"dw2 must be \[5, 16, 24\], found \[5, 8, 24\]"),
-    ("dout", lambda x: x[:9], r"dout must be \[23, 16\], found \[9, 16\]"),
+    ("dw3", lambda s: s[:4], r"dw3 must be \[5, 24, 16\], found \[4, 24, 16\]"),
+    ("dout", lambda x: x[:9], r"slot_row must have a row per token of dout, found \[23, 2\] and \[9, 16\]"),
+    ("x", lambda x: x[0], r"x must have 2 dimensions, found \[16\]"),
     ("dh", lambda x: x[:, :24], r"dh must be \[46, 48\], found \[46, 24\]"),
-    ("a", lambda x: x.float(), "a must have x's dtype .*, found .*[Ff]loat"),
+    ("a", lambda x: x.float(), "a must have dout's dtype .*, found .*[Ff]loat"),
     ("a", lambda x: x[0], r"a must have 2 dimensions, found \[24\]"),
     ("offsets", lambda x: x[:5], r"offsets must be \[experts \+ 1\] = \[6\], found \[5\]"),
     ("row_slot", lambda x: None, "row_slot and slot_row must be given together"),
-    ("slot_row", lambda x: x[:9], r"slot_row must have a row per token of x, found \[9, 2\] and \[23, 16\]"),
+    ("slot_row", lambda x: x[:9], r"slot_row must have a row per token of \w+, found \[9, 2\] and \[23, 16\]"),
 ]
 GPU_WRONG_PARTS: list[tuple[str, Callable, str]] = [
     (
@@ -280,7 +279,7 @@ GPU_WRONG_PARTS: list[tuple[str, Callable, str]] = [
         lambda s: torch.zeros(5, 24, 18, device="cuda")[..., 1:17],
         "dw1 must have contiguous rows that begin at multiples",
     ),
-    ("dw2", lambda s: s.half(), "dw2 must be Float or of x's dtype BFloat16, found Half"),
+    ("dw2", lambda s: s.half(), "dw2 must be Float or of dout's dtype BFloat16, found Half"),
     ("dw3", lambda s: s.bfloat16(), "dw3 must have dw1's dtype Float, found BFloat16"),
     ("dw3", lambda s: s[:1].expand(5, -1, -1), "dw3 must have contiguous rows"),
     ("dw1", lambda s: s.cpu(), "dw1 must be on CUDA device 0"),
@@ -293,9 +292,18 @@ GPU_WRONG_PARTS: list[tuple[str, Callable, str]] = [
     + [pytest.param("cuda", *wrong, marks=ON_HOPPER) for wrong in WRONG_PARTS + GPU_WRONG_PARTS],
 )
 def test_direct_call_names_the_wrong_argument(device: str, name: str, change: Callable, text: str) -> None:
-    data, given = part_arguments(Case(), device)
-    names = ("dw1", "dw2", "dw3", "dout", "x", "dh", "a", "offsets", "row_slot", "slot_row")
-    arguments = dict(zip(names, (*random_sums(data[2:5], torch.float32), *given), strict=True))
-    arguments[name] = change(arguments[name])
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=text):
-        ops.moe_weight_gradients_(*arguments.values(), True)
+    w, given = part_arguments(Case(), device)
+    dw1, dw2, dw3 = random_sums(w, torch.float32)
+    names = {
+        "down": ("dw2", "dout", "a", "offsets", "row_slot", "slot_row"),
+        "up": ("dw1", "dw3", "x", "dh", "offsets", "row_slot", "slot_row"),
+    }
+    sums = {"down": (dw2,), "up": (dw1, dw3)}
+    for part in ("down", "up"):
+        arguments = dict(zip(names[part], (*sums[part], *given[part]), strict=True))
+        if name not in arguments:
+            continue
+        arguments[name] = change(arguments[name])
+        operator = getattr(ops, f"moe_weight_gradient_{part}_")
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=text):
+            operator(*arguments.values(), True)

@@ -16,7 +16,7 @@ from flashmoe_train.ops.expert_parallel.exchange import Exchange, by_name
 from flashmoe_train.ops.expert_parallel.plan import ep_plan
 from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, implement
 from flashmoe_train.ops.moe.checks import check
-from flashmoe_train.ops.moe.experts import moe_backward, moe_forward
+from flashmoe_train.ops.moe.experts import experts_backward, moe_forward
 from flashmoe_train.ops.moe.plan import RoutePlan, route_plan
 
 _SAVED = (
@@ -97,10 +97,11 @@ def _gradients(
     own.check()
     douts = own.transport.dispatch(dout, position, counts, layer).rows
     tokens = own.transport.dispatch(x, position, counts, layer).rows
-    drows, dslots, *dw = moe_backward(douts, tokens, w1, w2, w3, arrived_weights, h, offsets, row_slot, slot_row, _MODE)
+    saved = [tokens, w1, w2, w3, arrived_weights, offsets, row_slot, slot_row, h]
+    drows, dslots, dw2, (dw1, dw3) = experts_backward(douts, saved, _MODE)
     dx, dweights = own.transport.combine(drows, position, counts, arrived, layer, dslots, ids.contiguous())
     assert dweights is not None
-    return dx, dweights, *dw
+    return dx, dweights, dw1, dw2, dw3
 
 
 implement("ep_forward", _forward, ANY_DEVICE)

@@ -75,102 +75,168 @@ def check(
     row_slot: Tensor | None,
     slot_row: Tensor | None,
     score_mode: str,
-    dout: Tensor | None = None,
-    h: Tensor | None = None,
 ) -> int:
-    """Checks the arguments of `moe_forward`, and of `moe_backward` if `dout` and `h` are given; returns R."""
+    """Checks the arguments of `moe_forward`; returns R."""
     check_matrix("x", x)
-    if w1.dim() != 3:
-        raise ValueError(f"w1 must be [experts, hidden dim, model dim], found {list(w1.shape)}")
+    _check_rank("w1", w1, _UP)
     experts, hidden, model = w1.shape
-    for name, w, shape in (
-        ("w1", w1, (experts, hidden, x.shape[1])),
-        ("w2", w2, (experts, model, hidden)),
-        ("w3", w3, (experts, hidden, model)),
-    ):
-        if tuple(w.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)}, found {list(w.shape)}")
-        if w.dtype != x.dtype:
-            raise TypeError(f"{name} must have x's dtype {x.dtype}, found {w.dtype}")
-        if w.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, found {w.device}")
-        check_contiguous(name, w)
-    if score_mode not in SCORE_MODES:
-        raise ValueError(f"score_mode must be one of {SCORE_MODES}, found {score_mode!r}")
-    rows = _check_plan(x, experts, offsets, row_slot, slot_row)
-    if weights is not None:
-        check_weights(weights, x.shape[:1] if slot_row is None else slot_row.shape, x)
-        if slot_row is None and score_mode != "activation":
-            raise ValueError("weights of rows multiply the activation: score_mode must be 'activation'")
-    for name, tensor, wanted in (("dout", dout, (x.shape[0], model)), ("h", h, (rows, 2 * hidden))):
-        if tensor is not None:
-            _check_like(name, tensor, wanted, x)
+    _check_of_experts("w1", w1, (experts, hidden, x.shape[1]), "x", x)
+    _check_of_experts("w2", w2, (experts, model, hidden), "x", x)
+    _check_of_experts("w3", w3, (experts, hidden, model), "x", x)
+    rows = _check_tokens("x", x, experts, offsets, row_slot, slot_row)
+    _check_router_weights(weights, score_mode, x, slot_row)
     return rows
 
 
-def check_weight_gradients(
-    dw1: Tensor,
-    dw2: Tensor,
-    dw3: Tensor,
+def check_down_backward(
     dout: Tensor,
+    w2: Tensor,
+    weights: Tensor | None,
+    h: Tensor,
+    offsets: Tensor,
+    row_slot: Tensor | None,
+    slot_row: Tensor | None,
+    score_mode: str,
+) -> int:
+    """Checks the arguments of `moe_down_backward`; returns R."""
+    check_matrix("dout", dout)
+    _check_rank("w2", w2, _DOWN)
+    experts, model, hidden = w2.shape
+    rows = _check_tokens("dout", dout, experts, offsets, row_slot, slot_row)
+    _check_like("dout", dout, (dout.shape[0], model), "dout", dout)
+    _check_of_experts("w2", w2, (experts, model, hidden), "dout", dout)
+    _check_router_weights(weights, score_mode, dout, slot_row)
+    _check_like("h", h, (rows, 2 * hidden), "dout", dout)
+    return rows
+
+
+def check_up_backward(
+    dh: Tensor, w1: Tensor, w3: Tensor, offsets: Tensor, row_slot: Tensor | None, slot_row: Tensor | None
+) -> int:
+    """Checks the arguments of `moe_up_backward`; returns how many rows its result has: T, or R without a plan."""
+    check_matrix("dh", dh)
+    _check_rank("w1", w1, _UP)
+    experts, hidden, model = w1.shape
+    _check_plan(dh.device, experts, offsets, row_slot, slot_row)
+    rows = dh.shape[0] if row_slot is None else row_slot.shape[0]
+    _check_like("dh", dh, (rows, 2 * hidden), "dh", dh)
+    _check_of_experts("w1", w1, (experts, hidden, model), "dh", dh)
+    _check_of_experts("w3", w3, (experts, hidden, model), "dh", dh)
+    return rows if slot_row is None else slot_row.shape[0]
+
+
+def check_weight_gradient_down(
+    dw2: Tensor, dout: Tensor, a: Tensor, offsets: Tensor, row_slot: Tensor | None, slot_row: Tensor | None
+) -> int:
+    """Checks the arguments of `moe_weight_gradient_down_`; returns R."""
+    check_matrix("dout", dout)
+    _check_rank("dw2", dw2, _DOWN)
+    experts, _, hidden = dw2.shape
+    rows = _check_tokens("dout", dout, experts, offsets, row_slot, slot_row)
+    _check_like("a", a, (rows, hidden), "dout", dout)
+    _check_sums({"dw2": dw2}, (experts, hidden, dout.shape[1]), dout)
+    return rows
+
+
+def check_weight_gradient_up(
+    dw1: Tensor,
+    dw3: Tensor,
     x: Tensor,
     dh: Tensor,
-    a: Tensor,
     offsets: Tensor,
     row_slot: Tensor | None,
     slot_row: Tensor | None,
 ) -> int:
-    """Checks the arguments of `moe_weight_gradients_`; returns R."""
+    """Checks the arguments of `moe_weight_gradient_up_`; returns R."""
     check_matrix("x", x)
-    if dw1.dim() != 3:
-        raise ValueError(f"dw1 must be [experts, hidden dim, model dim], found {list(dw1.shape)}")
+    _check_rank("dw1", dw1, _UP)
     experts, hidden, _ = dw1.shape
-    model = x.shape[1]
-    check_sums((dw1, dw2, dw3), (experts, hidden, model), x)
-    rows = _check_plan(x, experts, offsets, row_slot, slot_row)
-    for name, tensor, wanted in (
-        ("dout", dout, (x.shape[0], model)),
-        ("dh", dh, (rows, 2 * hidden)),
-        ("a", a, (rows, hidden)),
-    ):
-        _check_like(name, tensor, wanted, x)
+    rows = _check_tokens("x", x, experts, offsets, row_slot, slot_row)
+    _check_like("dh", dh, (rows, 2 * hidden), "x", x)
+    _check_sums({"dw1": dw1, "dw3": dw3}, (experts, hidden, x.shape[1]), x)
     return rows
 
 
 def check_sums(sums: Sequence[Tensor], w1_shape: Sequence[int], x: Tensor) -> None:
     """Raises unless gradients of w1, w2 and w3 can be added to `sums`."""
+    _check_sums(dict(zip(("dw1", "dw2", "dw3"), sums, strict=True)), w1_shape, x)
+
+
+def _check_sums(sums: dict[str, Tensor], w1_shape: Sequence[int], x: Tensor) -> None:
     experts, hidden, model = w1_shape
     allowed = {x.dtype, accumulation_dtype(x.dtype)}
-    for number, dw in enumerate(sums, 1):
-        name, shape = f"dw{number}", (experts, model, hidden) if number == 2 else (experts, hidden, model)
+    dtype = next(iter(sums.values())).dtype
+    for name, dw in sums.items():
+        shape = (experts, model, hidden) if name == "dw2" else (experts, hidden, model)
         if tuple(dw.shape) != shape:
             raise ValueError(f"{name} must be {list(shape)}, found {list(dw.shape)}")
-        if dw.dtype not in allowed or dw.dtype != sums[0].dtype:
+        if dw.dtype not in allowed or dw.dtype != dtype:
             names = " or ".join(sorted(map(str, allowed)))
-            raise TypeError(f"dw1, dw2 and dw3 must have one dtype beside {x.dtype}, {names}, found {name} {dw.dtype}")
+            raise TypeError(f"{', '.join(sums)} must have one dtype beside {x.dtype}, {names}, found {name} {dw.dtype}")
         if dw.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, found {dw.device}")
         check_contiguous(name, dw)
 
 
-def _check_like(name: str, tensor: Tensor, shape: tuple[int, int], x: Tensor) -> None:
+_UP, _DOWN = "[experts, hidden dim, model dim]", "[experts, model dim, hidden dim]"
+
+
+def _check_rank(name: str, w: Tensor, shape: str) -> None:
+    if w.dim() != 3:
+        raise ValueError(f"{name} must be {shape}, found {list(w.shape)}")
+
+
+def _check_of_experts(name: str, w: Tensor, shape: tuple[int, int, int], other: str, x: Tensor) -> None:
+    if tuple(w.shape) != shape:
+        raise ValueError(f"{name} must be {list(shape)}, found {list(w.shape)}")
+    _check_beside(name, w, other, x)
+    check_contiguous(name, w)
+
+
+def _check_like(name: str, tensor: Tensor, shape: tuple[int, int], other: str, x: Tensor) -> None:
     check_matrix(name, tensor)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}, found {list(tensor.shape)}")
+    _check_beside(name, tensor, other, x)
+
+
+def _check_beside(name: str, tensor: Tensor, other: str, x: Tensor) -> None:
     if tensor.dtype != x.dtype:
-        raise TypeError(f"{name} must have x's dtype {x.dtype}, found {tensor.dtype}")
+        raise TypeError(f"{name} must have {other}'s dtype {x.dtype}, found {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {other}'s device {x.device}, found {tensor.device}")
 
 
-def _check_plan(x: Tensor, experts: int, offsets: Tensor, row_slot: Tensor | None, slot_row: Tensor | None) -> int:
-    check_indices("offsets", offsets, 1, x.device)
+def _check_router_weights(weights: Tensor | None, score_mode: str, x: Tensor, slot_row: Tensor | None) -> None:
+    if score_mode not in SCORE_MODES:
+        raise ValueError(f"score_mode must be one of {SCORE_MODES}, found {score_mode!r}")
+    if weights is not None:
+        check_weights(weights, x.shape[:1] if slot_row is None else slot_row.shape, x)
+        if slot_row is None and score_mode != "activation":
+            raise ValueError("weights of rows multiply the activation: score_mode must be 'activation'")
+
+
+def _check_tokens(
+    name: str, x: Tensor, experts: int, offsets: Tensor, row_slot: Tensor | None, slot_row: Tensor | None
+) -> int:
+    """Of tokens, or of rows where there is no plan. Returns R."""
+    _check_plan(x.device, experts, offsets, row_slot, slot_row)
+    if row_slot is None or slot_row is None:
+        return x.shape[0]
+    if slot_row.shape[0] != x.shape[0]:
+        found = f"{list(slot_row.shape)} and {list(x.shape)}"
+        raise ValueError(f"slot_row must have a row per token of {name}, found {found}")
+    return row_slot.shape[0]
+
+
+def _check_plan(
+    device: torch.device, experts: int, offsets: Tensor, row_slot: Tensor | None, slot_row: Tensor | None
+) -> None:
+    check_indices("offsets", offsets, 1, device)
     if offsets.shape[0] != experts + 1:
         raise ValueError(f"offsets must be [experts + 1] = [{experts + 1}], found {list(offsets.shape)}")
     if (row_slot is None) != (slot_row is None):
         raise ValueError("row_slot and slot_row must be given together")
-    if row_slot is None or slot_row is None:
-        return x.shape[0]
-    check_indices("row_slot", row_slot, 1, x.device)
-    check_indices("slot_row", slot_row, 2, x.device)
-    if slot_row.shape[0] != x.shape[0]:
-        raise ValueError(f"slot_row must have a row per token of x, found {list(slot_row.shape)} and {list(x.shape)}")
-    return row_slot.shape[0]
+    if row_slot is not None and slot_row is not None:
+        check_indices("row_slot", row_slot, 1, device)
+        check_indices("slot_row", slot_row, 2, device)

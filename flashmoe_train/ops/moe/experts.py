@@ -1,58 +1,74 @@
-"""`torch.ops.flashmoe.moe_forward` and `moe_backward`, and the two parts of the latter: schema, fake, autograd, FLOPs.
+"""`torch.ops.flashmoe.moe_forward` and the operators that its backward is made of: schema, fake, autograd, FLOPs.
 
 Forward keeps `h` `[R, 2n]`, the experts' pre-activations (gate in the first n columns, up in the last n), rounded to
 x's dtype; everything else that backward needs is an input. With `row_slot` and `slot_row` x holds tokens and out too;
 without them both hold rows that are sorted by expert already.
 
-`moe_backward_data` gives what other layers wait for, and what `moe_weight_gradients_` makes the gradients of the
-experts' weights from: the gradient of h, and `a` `[R, n]`, the weighted activation. In h and in both of these, rows
-that belong to nobody may hold anything.
+Backward is operators that are divided by what is alive, so that its largest tensors are gone as soon as nothing needs
+them: a caller holds what it gives to one operator until that is done.
+
+    moe_down_backward         dout, h   ->  dh, a, dweights, dy    h is not needed any more
+    moe_weight_gradient_down  dout, a   ->  dw2                    nor a and dy
+    moe_up_backward           dh        ->  dx
+    moe_weight_gradient_up    x, dh     ->  dw1, dw3
+
+dh `[R, 2n]` is the gradient of h, `a` `[R, n]` the weighted activation. dy, if `keep_rows` asks for it, holds the rows
+of dout `[R, d]`, from which dw2 is then made as without a plan; else it is empty, and dout is permuted again. The
+gradients of weights also come as operators that write or add them to given tensors: names that end in `_`. In h, dh
+and a, rows that belong to nobody may hold anything.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flashmoe_train.ops.library import LIBRARY, TAGS, differentiable_once, implement
-from flashmoe_train.ops.moe.checks import check, check_weight_gradients
+from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, differentiable_once, implement
+from flashmoe_train.ops.moe.checks import (
+    check,
+    check_down_backward,
+    check_indices,
+    check_matrix,
+    check_up_backward,
+    check_weight_gradient_down,
+    check_weight_gradient_up,
+)
 from flashmoe_train.ops.moe.reference import (
-    reference_backward,
-    reference_backward_data,
+    reference_down_backward,
     reference_forward,
-    reference_weight_gradients_,
+    reference_up_backward,
+    reference_weight_gradient_down_,
+    reference_weight_gradient_up_,
 )
 
-_PLAN = "Tensor offsets, Tensor? row_slot, Tensor? slot_row, str score_mode"
-LIBRARY.define(
-    f"moe_forward(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor? weights, {_PLAN}) -> (Tensor out, Tensor h)",
-    tags=TAGS,
-)
-LIBRARY.define(
-    f"moe_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor? weights, Tensor h, {_PLAN})"
-    " -> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor dw3)",
-    tags=TAGS,
-)
-LIBRARY.define(
-    f"moe_backward_data(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor? weights, Tensor h, {_PLAN})"
-    " -> (Tensor dx, Tensor dweights, Tensor dh, Tensor a)",
-    tags=TAGS,
-)
-LIBRARY.define(
-    "moe_weight_gradients_(Tensor(a!) dw1, Tensor(b!) dw2, Tensor(c!) dw3, Tensor dout, Tensor x, Tensor dh, Tensor a,"
-    " Tensor offsets, Tensor? row_slot, Tensor? slot_row, bool accumulate) -> ()",
-    tags=TAGS,
-)
+_PLAN = "Tensor offsets, Tensor? row_slot, Tensor? slot_row"
+for schema in (
+    f"moe_forward(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor? weights, {_PLAN}, str score_mode)"
+    " -> (Tensor out, Tensor h)",
+    f"moe_down_backward(Tensor dout, Tensor w2, Tensor? weights, Tensor h, {_PLAN}, str score_mode, bool keep_rows)"
+    " -> (Tensor dh, Tensor a, Tensor dweights, Tensor dy)",
+    f"moe_up_backward(Tensor dh, Tensor w1, Tensor w3, {_PLAN}) -> Tensor dx",
+    f"moe_weight_gradient_down(Tensor dout, Tensor a, {_PLAN}) -> Tensor dw2",
+    f"moe_weight_gradient_down_(Tensor(a!) dw2, Tensor dout, Tensor a, {_PLAN}, bool accumulate) -> ()",
+    f"moe_weight_gradient_up(Tensor x, Tensor dh, {_PLAN}) -> (Tensor dw1, Tensor dw3)",
+    f"moe_weight_gradient_up_(Tensor(a!) dw1, Tensor(b!) dw3, Tensor x, Tensor dh, {_PLAN}, bool accumulate) -> ()",
+):
+    LIBRARY.define(schema, tags=TAGS)
 moe_forward = torch.ops.flashmoe.moe_forward
-moe_backward = torch.ops.flashmoe.moe_backward
-moe_backward_data = torch.ops.flashmoe.moe_backward_data
-moe_weight_gradients_ = torch.ops.flashmoe.moe_weight_gradients_
+moe_down_backward = torch.ops.flashmoe.moe_down_backward
+moe_up_backward = torch.ops.flashmoe.moe_up_backward
+moe_weight_gradient_down = torch.ops.flashmoe.moe_weight_gradient_down
+moe_weight_gradient_down_ = torch.ops.flashmoe.moe_weight_gradient_down_
+moe_weight_gradient_up = torch.ops.flashmoe.moe_weight_gradient_up
+moe_weight_gradient_up_ = torch.ops.flashmoe.moe_weight_gradient_up_
 
 implement("moe_forward", reference_forward, "CPU")
-implement("moe_backward", reference_backward, "CPU")
-implement("moe_backward_data", reference_backward_data, "CPU")
-implement("moe_weight_gradients_", reference_weight_gradients_, "CPU")
+implement("moe_down_backward", reference_down_backward, "CPU")
+implement("moe_up_backward", reference_up_backward, "CPU")
+implement("moe_weight_gradient_down_", reference_weight_gradient_down_, "CPU")
+implement("moe_weight_gradient_up_", reference_weight_gradient_up_, "CPU")
 
 
 @torch.library.register_fake("flashmoe::moe_forward", lib=LIBRARY)
@@ -71,62 +87,92 @@ def _(
     return x.new_empty(x.shape), x.new_empty((rows, 2 * w1.shape[1]))
 
 
-@torch.library.register_fake("flashmoe::moe_backward", lib=LIBRARY)
+@torch.library.register_fake("flashmoe::moe_down_backward", lib=LIBRARY)
 def _(
     dout: Tensor,
-    x: Tensor,
-    w1: Tensor,
     w2: Tensor,
-    w3: Tensor,
     weights: Tensor | None,
     h: Tensor,
     offsets: Tensor,
     row_slot: Tensor | None,
     slot_row: Tensor | None,
     score_mode: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check(x, w1, w2, w3, weights, offsets, row_slot, slot_row, score_mode, dout, h)
-    dw1, dw2, dw3 = (w.new_empty(w.shape) for w in (w1, w2, w3))
-    return x.new_empty(x.shape), _dweights(x, weights), dw1, dw2, dw3
-
-
-@torch.library.register_fake("flashmoe::moe_backward_data", lib=LIBRARY)
-def _(
-    dout: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
-    weights: Tensor | None,
-    h: Tensor,
-    offsets: Tensor,
-    row_slot: Tensor | None,
-    slot_row: Tensor | None,
-    score_mode: str,
+    keep_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = check(x, w1, w2, w3, weights, offsets, row_slot, slot_row, score_mode, dout, h)
-    return x.new_empty(x.shape), _dweights(x, weights), h.new_empty(h.shape), x.new_empty((rows, w1.shape[1]))
+    rows = check_down_backward(dout, w2, weights, h, offsets, row_slot, slot_row, score_mode)
+    dweights = dout.new_empty((0,), dtype=torch.float32) if weights is None else weights.new_empty(weights.shape)
+    kept = rows if keep_rows and row_slot is not None else 0
+    dh, a, dy = (dout.new_empty(shape) for shape in (h.shape, (rows, w2.shape[2]), (kept, dout.shape[1])))
+    return dh, a, dweights, dy
 
 
-def _dweights(x: Tensor, weights: Tensor | None) -> Tensor:
-    return x.new_empty((0,), dtype=torch.float32) if weights is None else weights.new_empty(weights.shape)
+@torch.library.register_fake("flashmoe::moe_up_backward", lib=LIBRARY)
+def _(dh: Tensor, w1: Tensor, w3: Tensor, offsets: Tensor, row_slot: Tensor | None, slot_row: Tensor | None) -> Tensor:
+    return dh.new_empty((check_up_backward(dh, w1, w3, offsets, row_slot, slot_row), w1.shape[2]))
 
 
-@torch.library.register_fake("flashmoe::moe_weight_gradients_", lib=LIBRARY)
+@torch.library.register_fake("flashmoe::moe_weight_gradient_down_", lib=LIBRARY)
 def _(
-    dw1: Tensor,
     dw2: Tensor,
-    dw3: Tensor,
     dout: Tensor,
-    x: Tensor,
-    dh: Tensor,
     a: Tensor,
     offsets: Tensor,
     row_slot: Tensor | None,
     slot_row: Tensor | None,
     accumulate: bool,
 ) -> None:
-    check_weight_gradients(dw1, dw2, dw3, dout, x, dh, a, offsets, row_slot, slot_row)
+    check_weight_gradient_down(dw2, dout, a, offsets, row_slot, slot_row)
+
+
+@torch.library.register_fake("flashmoe::moe_weight_gradient_up_", lib=LIBRARY)
+def _(
+    dw1: Tensor,
+    dw3: Tensor,
+    x: Tensor,
+    dh: Tensor,
+    offsets: Tensor,
+    row_slot: Tensor | None,
+    slot_row: Tensor | None,
+    accumulate: bool,
+) -> None:
+    check_weight_gradient_up(dw1, dw3, x, dh, offsets, row_slot, slot_row)
+
+
+# New tensors, for autograd. Operators too: compilers find nothing written in them that they would have to copy, and
+# asking for their gradients is an error. The others do the work, on every device and as fakes.
+
+
+def _weight_gradient_down(
+    dout: Tensor, a: Tensor, offsets: Tensor, row_slot: Tensor | None, slot_row: Tensor | None
+) -> Tensor:
+    shape = _shape_of_w1("dout", dout, "a", a, offsets)
+    dw2 = dout.new_empty((shape[0], shape[2], shape[1]))
+    moe_weight_gradient_down_(dw2, dout, a, offsets, row_slot, slot_row, False)
+    return dw2
+
+
+def _weight_gradient_up(
+    x: Tensor, dh: Tensor, offsets: Tensor, row_slot: Tensor | None, slot_row: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    experts, columns, model = _shape_of_w1("x", x, "dh", dh, offsets)
+    dw1, dw3 = (x.new_empty((experts, columns // 2, model)) for _ in range(2))
+    moe_weight_gradient_up_(dw1, dw3, x, dh, offsets, row_slot, slot_row, False)
+    return dw1, dw3
+
+
+def _shape_of_w1(name: str, tokens: Tensor, rows_name: str, rows: Tensor, offsets: Tensor) -> tuple[int, int, int]:
+    check_matrix(name, tokens)
+    check_matrix(rows_name, rows)
+    check_indices("offsets", offsets, 1, tokens.device)
+    return offsets.shape[0] - 1, rows.shape[1], tokens.shape[1]
+
+
+for name, function in (
+    ("moe_weight_gradient_down", _weight_gradient_down),
+    ("moe_weight_gradient_up", _weight_gradient_up),
+):
+    implement(name, function, ANY_DEVICE)
+    torch.library.register_fake(f"flashmoe::{name}", function, lib=LIBRARY)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -139,16 +185,69 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 def _autograd(ctx: Any, dout: Tensor | None, dh: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 9
-    x, w1, w2, w3, weights, offsets, row_slot, slot_row, h = ctx.saved_tensors
-    dx, dweights, dw1, dw2, dw3 = moe_backward(
-        dout.contiguous(), x, w1, w2, w3, weights, h, offsets, row_slot, slot_row, ctx.score_mode
-    )
-    return dx, dw1, dw2, dw3, None if weights is None else dweights, None, None, None, None
+    dx, dweights, dw2, (dw1, dw3) = experts_backward(dout, saved_tensors(ctx), ctx.score_mode)
+    return dx, dw1, dw2, dw3, dweights, None, None, None, None
+
+
+def saved_tensors(ctx: Any) -> list[Any]:
+    """What a context has saved, for `experts_backward`. The context holds it no longer, unless the graph is kept for
+    another backward (`retain_graph`): as AOTAutograd does it for compiled code."""
+    saved = [*ctx.saved_tensors]
+    ctx.maybe_clear_saved_tensors()
+    return saved
+
+
+def experts_backward(
+    dout: Tensor,
+    saved: list[Any],
+    score_mode: str,
+    down: Callable[..., Any] = moe_weight_gradient_down,
+    up: Callable[..., Any] = moe_weight_gradient_up,
+    keep_rows: bool = True,
+) -> tuple[Tensor, Tensor | None, Any, Any]:
+    """Backward of `moe_forward`, the operators in the order in which the fewest bytes are alive at once.
+
+    Args:
+        dout: like out.
+        saved: x, w1, w2, w3, weights, offsets, row_slot, slot_row, h. Empty afterwards: where nobody else holds h, its
+            memory is free when nothing needs it any more.
+        score_mode: forward's.
+        down, up: called with (dout, a, the plan) and (x, dh, the plan) of the operators that have their names.
+        keep_rows: whether the rows of dout may stay for `down`. False where that only takes note of them.
+
+    Returns:
+        (dx, dweights or None, what `down` returns, what `up` returns).
+    """
+    x, w1, w2, w3, weights, offsets, row_slot, slot_row, h = saved
+    saved.clear()
+    plan = offsets, row_slot, slot_row
+    dout = dout.contiguous()
+    # From n and d alone: R may be a number that a compiler does not know. Beside h, dh and a the rows make the peak
+    # R (5n + d) numbers, R · 4d at most; without them it is R · 5n. The smaller n, the larger a share of the time
+    # permuting them again would take.
+    hidden, dim = w1.shape[1:]
+    keep_rows = keep_rows and row_slot is not None and 5 * hidden <= 3 * dim
+    dh, a, dweights, dy = moe_down_backward(dout, w2, weights, h, *plan, score_mode, keep_rows)
+    del h
+    of_down = (dy, a, offsets, None, None) if keep_rows else (dout, a, *plan)
+    del a, dy
+    # dw2 takes the place of a. Where n is larger than d, experts are few and large, and it may be far more than a: then
+    # it comes last, and a stays, which is within the peak from before: R (3n + d) numbers with dx's rows.
+    at_once = hidden <= dim
+    if at_once:
+        dw2 = down(*of_down)
+        del of_down
+    dx = moe_up_backward(dh, w1, w3, *plan)
+    of_up = up(x, dh, *plan)
+    del dh
+    if not at_once:
+        dw2 = down(*of_down)
+    return dx, None if weights is None else dweights, dw2, of_up
 
 
 torch.library.register_autograd("flashmoe::moe_forward", _autograd, setup_context=_setup_context, lib=LIBRARY)
-differentiable_once("moe_backward")
-differentiable_once("moe_backward_data")
+for name in ("moe_down_backward", "moe_up_backward", "moe_weight_gradient_down", "moe_weight_gradient_up"):
+    differentiable_once(name)
 
 
 # Three products forward, six backward; every row counts, since only the device knows how many belong to nobody.
@@ -161,20 +260,31 @@ def _forward_flops(
     return 6 * (x[0] if row_slot is None else row_slot[0]) * w1[1] * w1[2]
 
 
-@register_flop_formula(moe_backward)
-def _backward_flops(
-    dout: Any, x: Any, w1: Any, w2: Any, w3: Any, weights: Any, h: Any, *args: Any, **kwargs: Any
-) -> int:
-    return 12 * h[0] * w1[1] * w1[2]
+@register_flop_formula(moe_down_backward)
+def _down_backward_flops(dout: Any, w2: Any, weights: Any, h: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * h[0] * w2[1] * w2[2]
 
 
-@register_flop_formula(moe_backward_data)
-def _backward_data_flops(
-    dout: Any, x: Any, w1: Any, w2: Any, w3: Any, weights: Any, h: Any, *args: Any, **kwargs: Any
-) -> int:
-    return 6 * h[0] * w1[1] * w1[2]
+@register_flop_formula(moe_up_backward)
+def _up_backward_flops(dh: Any, w1: Any, *args: Any, **kwargs: Any) -> int:
+    return 4 * dh[0] * w1[1] * w1[2]
 
 
-@register_flop_formula(moe_weight_gradients_)
-def _weight_gradients_flops(dw1: Any, dw2: Any, dw3: Any, dout: Any, x: Any, dh: Any, *args: Any, **kwargs: Any) -> int:
-    return 6 * dh[0] * dw1[1] * dw1[2]
+@register_flop_formula(moe_weight_gradient_down)
+def _weight_gradient_down_flops(dout: Any, a: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * dout[1]
+
+
+@register_flop_formula(moe_weight_gradient_up)
+def _weight_gradient_up_flops(x: Any, dh: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * dh[0] * dh[1] * x[1]
+
+
+@register_flop_formula(moe_weight_gradient_down_)
+def _added_down_flops(dw2: Any, *args: Any, **kwargs: Any) -> int:
+    return _weight_gradient_down_flops(*args)
+
+
+@register_flop_formula(moe_weight_gradient_up_)
+def _added_up_flops(dw1: Any, dw3: Any, *args: Any, **kwargs: Any) -> int:
+    return _weight_gradient_up_flops(*args)

@@ -6,6 +6,7 @@ schedules that compute gradients of weights when there is nothing better to do (
 pipelines: Qi et al., 2023, arXiv:2401.10241): what others wait for goes first.
 """
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.moe.experts import moe_backward_data, moe_forward, moe_weight_gradients_
+from flashmoe_train.ops.moe.experts import (
+    experts_backward,
+    moe_forward,
+    moe_weight_gradient_down_,
+    moe_weight_gradient_up_,
+    saved_tensors,
+)
 
 
 class WeightGradients:
@@ -66,11 +73,35 @@ class Experts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, w2, w3, weights, offsets, row_slot, slot_row, h = ctx.saved_tensors
-        dout, plan, gradients = grads[0].contiguous(), (offsets, row_slot, slot_row), ctx.gradients
-        dx, dweights, dh, a = moe_backward_data(dout, x, w1, w2, w3, weights, h, *plan, ctx.score_mode)
-        gradients.take(lambda: moe_weight_gradients_(*gradients.sums, dout, x, dh, a, *plan, True))
-        return None, dx, None, None, None, None if weights is None else dweights, None, None, None, None
+        gradients: WeightGradients = ctx.gradients
+        dw1, dw2, dw3 = gradients.sums
+        later: list[Callable[[], None]] = []
+
+        def adding(operator: Callable[..., None], *sums: Tensor) -> Callable[..., None]:
+            def add(*given: Tensor | None) -> None:
+                work = functools.partial(operator, *sums, *given, True)
+                if gradients.delayed:
+                    later.append(work)
+                else:
+                    work()
+
+            return add
+
+        dx, dweights, *_ = experts_backward(
+            grads[0],
+            saved_tensors(ctx),
+            ctx.score_mode,
+            adding(moe_weight_gradient_down_, dw2),
+            adding(moe_weight_gradient_up_, dw1, dw3),
+            keep_rows=not gradients.delayed,
+        )
+
+        def add_all() -> None:
+            while later:
+                later.pop(0)()
+
+        gradients.take(add_all)
+        return None, dx, None, None, None, dweights, None, None, None, None
 
 
 class Weights(torch.autograd.Function):

@@ -4,14 +4,20 @@ Products accumulate in float32 and round to x's dtype where the kernels do: h, t
 the gradients of h and of the rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flashmoe_train.ops.library import accumulation_dtype, segments
-from flashmoe_train.ops.moe.checks import check, check_weight_gradients
+from flashmoe_train.ops.moe.checks import (
+    check,
+    check_down_backward,
+    check_up_backward,
+    check_weight_gradient_down,
+    check_weight_gradient_up,
+)
 from flashmoe_train.ops.moe.rows import moe_combine, moe_permute
 
 
@@ -68,95 +74,99 @@ def reference_forward(
     return moe_combine(y, slot_row, weights if score_mode == "combine" else None), h
 
 
-def reference_backward_data(
+def reference_down_backward(
     dout: Tensor,
-    x: Tensor,
-    w1: Tensor,
     w2: Tensor,
-    w3: Tensor,
     weights: Tensor | None,
     h: Tensor,
     offsets: Tensor,
     row_slot: Tensor | None,
     slot_row: Tensor | None,
     score_mode: str,
+    keep_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of weights, and of h; and the weighted activation `[R, n]`. The router weight's gradient is the
-    product of a row's activation with its gradient, which does not need the experts' outputs."""
-    count = check(x, w1, w2, w3, weights, offsets, row_slot, slot_row, score_mode, dout, h)
-    wide = accumulation_dtype(x.dtype)
-    drows_out = _rows(dout, row_slot, slot_row)
+    """Gradients of h, the weighted activation `[R, n]`, gradients of weights, and the rows of dout if they are kept.
+    The router weight's gradient is the product of a row's activation with its gradient, which does not need the
+    experts' outputs."""
+    count = check_down_backward(dout, w2, weights, h, offsets, row_slot, slot_row, score_mode)
+    wide = accumulation_dtype(dout.dtype)
+    dy = _rows(dout, row_slot, slot_row)
     row_weight = _row_weights(weights, row_slot)
-    drows, dh, a = (x.new_zeros(count, columns) for columns in (x.shape[1], h.shape[1], w1.shape[1]))
-    dweight = x.new_zeros(count, dtype=wide)
+    dh, a = (dout.new_zeros(count, columns) for columns in (h.shape[1], w2.shape[2]))
+    dweight = dout.new_zeros(count, dtype=wide)
     for expert, own in _experts(offsets, count):
-        w1_, w2_, w3_ = (w[expert].to(wide) for w in (w1, w2, w3))
-        dy = drows_out[own].to(wide)
         gate, up = h[own].to(wide).chunk(2, 1)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
         activation = silu * up
-        dactivation = dy @ w2_
+        dactivation = dy[own].to(wide) @ w2[expert].to(wide)
         if row_weight is not None:
             dweight[own] = (dactivation * activation).sum(1)
             activation, dactivation = activation * row_weight[own], dactivation * row_weight[own]
         dgate = dactivation * up * sigmoid * (1 + gate * (1 - sigmoid))
-        dh[own], a[own] = torch.cat([dgate, dactivation * silu], 1).to(x.dtype), activation.to(x.dtype)
-        dgate, dup = dh[own].to(wide).chunk(2, 1)
-        drows[own] = (dgate @ w1_ + dup @ w3_).to(drows.dtype)
+        dh[own], a[own] = torch.cat([dgate, dactivation * silu], 1).to(dout.dtype), activation.to(dout.dtype)
+    kept = dy if keep_rows and row_slot is not None else dout.new_empty((0, dout.shape[1]))
+    return dh, a, _dweights(dweight, weights, slot_row), kept
+
+
+def _dweights(of_rows: Tensor, weights: Tensor | None, slot_row: Tensor | None) -> Tensor:
+    if weights is None:
+        return of_rows.new_empty(0, dtype=torch.float32)
     if slot_row is None:
-        dx = drows
-        dweights = dweight
-    else:
-        dx = moe_combine(drows, slot_row, None)
-        slots = dweight[slot_row.clamp(min=0)] if count else dweight.new_zeros(slot_row.shape)
-        dweights = slots.masked_fill(slot_row < 0, 0)
-    return dx, x.new_empty(0, dtype=torch.float32) if weights is None else dweights.to(weights.dtype), dh, a
+        return of_rows.to(weights.dtype)
+    slots = of_rows[slot_row.clamp(min=0)] if of_rows.numel() else of_rows.new_zeros(slot_row.shape)
+    return slots.masked_fill(slot_row < 0, 0).to(weights.dtype)
 
 
-def reference_weight_gradients_(
-    dw1: Tensor,
+def reference_up_backward(
+    dh: Tensor, w1: Tensor, w3: Tensor, offsets: Tensor, row_slot: Tensor | None, slot_row: Tensor | None
+) -> Tensor:
+    """The gradient of x."""
+    check_up_backward(dh, w1, w3, offsets, row_slot, slot_row)
+    wide = accumulation_dtype(dh.dtype)
+    drows = dh.new_zeros(dh.shape[0], w1.shape[2])
+    for expert, own in _experts(offsets, dh.shape[0]):
+        dgate, dup = dh[own].to(wide).chunk(2, 1)
+        drows[own] = (dgate @ w1[expert].to(wide) + dup @ w3[expert].to(wide)).to(drows.dtype)
+    return drows if slot_row is None else moe_combine(drows, slot_row, None)
+
+
+def reference_weight_gradient_down_(
     dw2: Tensor,
-    dw3: Tensor,
     dout: Tensor,
-    x: Tensor,
-    dh: Tensor,
     a: Tensor,
     offsets: Tensor,
     row_slot: Tensor | None,
     slot_row: Tensor | None,
     accumulate: bool,
 ) -> None:
-    """Writes the gradients of w1, w2 and w3, or adds them: sums in float32 that are rounded to their dtype once."""
-    count = check_weight_gradients(dw1, dw2, dw3, dout, x, dh, a, offsets, row_slot, slot_row)
-    wide = accumulation_dtype(x.dtype)
-    rows, drows_out = _rows(x, row_slot, slot_row), _rows(dout, row_slot, slot_row)
-    if not accumulate:
-        for dw in (dw1, dw2, dw3):
-            dw.zero_()
-    for expert, own in _experts(offsets, count):
-        xe, dy, activation = (t[own].to(wide) for t in (rows, drows_out, a))
-        dgate, dup = dh[own].to(wide).chunk(2, 1)
-        for dw, sums in ((dw1, dgate.T @ xe), (dw2, dy.T @ activation), (dw3, dup.T @ xe)):
-            dw[expert] += sums.to(dw.dtype)
+    """Writes the gradient of w2, or adds it: sums in float32 that are rounded to its dtype once."""
+    check_weight_gradient_down(dw2, dout, a, offsets, row_slot, slot_row)
+    _sum_products([dw2], [_rows(dout, row_slot, slot_row)], a, offsets, accumulate)
 
 
-def reference_backward(
-    dout: Tensor,
+def reference_weight_gradient_up_(
+    dw1: Tensor,
+    dw3: Tensor,
     x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
-    weights: Tensor | None,
-    h: Tensor,
+    dh: Tensor,
     offsets: Tensor,
     row_slot: Tensor | None,
     slot_row: Tensor | None,
-    score_mode: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights, w1, w2 and w3."""
-    plan = offsets, row_slot, slot_row
-    dx, dweights, dh, a = reference_backward_data(dout, x, w1, w2, w3, weights, h, *plan, score_mode)
-    dw1, dw2, dw3 = (w.new_empty(w.shape) for w in (w1, w2, w3))
-    reference_weight_gradients_(dw1, dw2, dw3, dout, x, dh, a, *plan, False)
-    return dx, dweights, dw1, dw2, dw3
+    accumulate: bool,
+) -> None:
+    """The same of w1 and w3."""
+    check_weight_gradient_up(dw1, dw3, x, dh, offsets, row_slot, slot_row)
+    _sum_products([dw1, dw3], dh.chunk(2, 1), _rows(x, row_slot, slot_row), offsets, accumulate)
+
+
+def _sum_products(
+    sums: Sequence[Tensor], left: Sequence[Tensor], right: Tensor, offsets: Tensor, accumulate: bool
+) -> None:
+    """leftᵀ right of each expert's rows."""
+    wide = accumulation_dtype(right.dtype)
+    for dw, rows in zip(sums, left, strict=True):
+        if not accumulate:
+            dw.zero_()
+        for expert, own in _experts(offsets, right.shape[0]):
+            dw[expert] += (rows[own].to(wide).T @ right[own].to(wide)).to(dw.dtype)
