@@ -17,7 +17,8 @@ from torch import Tensor
 
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.megatron import compat
-from flashmoe_train.integrations.megatron.experts import FlashMoEExperts, FlashMoELayer, LocalDispatcher
+from flashmoe_train.integrations.megatron.experts import FlashMoEExperts
+from flashmoe_train.integrations.megatron.layer import FlashMoELayer, LocalDispatcher
 from flashmoe_train.ops.moe import WeightGradients, moe_rows
 
 EXPERTS, DIM, TOKENS = 4, 16, 24
