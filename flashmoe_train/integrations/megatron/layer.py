@@ -40,9 +40,14 @@ class FlashMoELayer(MoELayer):
 
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, **options)
-        alone = pg_collection.ep.size() == 1 and pg_collection.expt_tp.size() == 1
+        self.use_own_dispatcher(pg_collection, sharing)
+
+    def use_own_dispatcher(self, pg_collection: Any, sharing: Sharing | None = None) -> None:
+        """Replaces Megatron's dispatcher where tokens go to our experts as they are."""
         if not isinstance(self.experts, FlashMoEExperts):
             return
+        config = self.config
+        alone = pg_collection.ep.size() == 1 and pg_collection.expt_tp.size() == 1
         if sharing is not None and pg_collection.ep.size() > 1:
             checks.dispatch(config)
             self.experts.sharing = sharing

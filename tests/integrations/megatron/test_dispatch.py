@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+import flashmoe_train
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations import exchanges
 from flashmoe_train.integrations.exchanges import MOST_SKIPPED
@@ -24,7 +26,6 @@ from .test_specs import build, loss, with_experts
 
 LAYERS: list[dict[str, Any]] = [
     {},
-    {"moe_shared_expert_intermediate_size": 16},
     {
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": 0.1,
@@ -32,8 +33,18 @@ LAYERS: list[dict[str, Any]] = [
         "moe_router_pre_softmax": True,
     },
     {"moe_expert_capacity_factor": 0.6, "moe_token_drop_policy": "probs"},
-    {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    {"moe_shared_expert_intermediate_size": 16, "recompute_granularity": "full"}
+    | {"recompute_method": "uniform", "recompute_num_layers": 1},
 ]
+
+
+def results(model: GPTModel) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Loss and gradients, of tokens that differ between processes."""
+    with torch.no_grad():
+        model.embedding.word_embeddings.weight.add_(dist.get_rank())
+    one = loss(model) * (1 + dist.get_rank())
+    one.backward()
+    return one.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
 def _two_lines_in_a_script() -> None:
@@ -52,12 +63,15 @@ def _two_lines_in_a_script() -> None:
             model = build(given, swap(spec, given, dispatch=choice))
             dispatcher = model.decoder.layers[0].mlp.token_dispatcher
             assert type(dispatcher) is {"stock": MoEAlltoAllTokenDispatcher, "flashmoe": LocalDispatcher}[choice]
-            with torch.no_grad():  # tokens that differ between processes
-                model.embedding.word_embeddings.weight.add_(dist.get_rank())
-            one = loss(model) * (1 + dist.get_rank())
-            one.backward()
-            found.append((one.detach(), {name: p.grad for name, p in model.named_parameters()}))
+            found.append(results(model))
         torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+        if not options:  # a model that is built already keeps Megatron's dispatcher
+            model_parallel_cuda_manual_seed(0)
+            model = build(given, spec)
+            flashmoe_train.swap(model)
+            assert type(model.decoder.layers[0].mlp.token_dispatcher) is MoEAlltoAllTokenDispatcher
+            found.append(results(model))
+            torch.testing.assert_close(found[2], found[0])
         (exchange,) = exchanges._exchanges.values()
         assert exchange.tokens == 32 and not exchange.lost.any() and exchange.layers == ["1", "2"]
         exchanges.forget()
