@@ -171,7 +171,6 @@ def _check_what_is_not_done(recipe: Recipe) -> None:
     for key, said in {
         "[data] document_masks": recipe.data is not None and recipe.data.document_masks,
         "[training] compile": training.compile,
-        "[checkpoint] asynchronous": recipe.checkpoint.asynchronous,
         "[parallel] replicate": parallel.replicate > 1,
         "[parallel] context": parallel.context > 1,
     }.items():

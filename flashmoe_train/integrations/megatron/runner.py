@@ -165,7 +165,13 @@ class Trainer:
             )
         chosen = plan.recipe.checkpoint
         self.checkpoints = Checkpoints(
-            plan.folder / "checkpoint", self.wrapped, self.model, self.optimizer, self.scheduler, chosen.keep
+            plan.folder / "checkpoint",
+            self.wrapped,
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            chosen.keep,
+            bool(chosen.asynchronous),
         )
         self.step = self.checkpoints.resume() if chosen.model_fields_set - {"start_from", "export"} else 0
         if self.step == 0 and chosen.start_from is not None:
@@ -223,11 +229,13 @@ class Trainer:
         self.wrapped.train()
         while self.step < plan.steps:
             self._train_step()
+            self.checkpoints.poll()
             last = self.step == plan.steps
             if self.heldout is not None and (last or self.step % every == 0):
                 self._validate()
             if saves and (last or (chosen.every is not None and self.step % chosen.every == 0)):
                 self.checkpoints.save(self.step)
+        self.checkpoints.finish()
 
     def _train_step(self) -> None:
         plan, layout = self.plan, self.plan.layout

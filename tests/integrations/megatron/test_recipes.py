@@ -129,7 +129,6 @@ def test_explains_where_everything_is_from() -> None:
         (("parallel.context=2",), 2, r"\[parallel\] context: recipes of Megatron"),
         (("parallel.replicate=2",), 2, r"\[parallel\] replicate: recipes of Megatron"),
         (("data.document_masks=true",), 1, r"\[data\] document_masks: recipes of Megatron"),
-        (("checkpoint.asynchronous=true",), 1, r"\[checkpoint\] asynchronous: recipes of Megatron"),
         (("checkpoint.start_from=nowhere",), 1, "start_from = 'nowhere': no such folder"),
         (("parallel.tensor=3",), 3, r"tensor = 3 does not divide \[model\] num_attention_heads \(4\)"),
         (("parallel.pipeline=3",), 3, "pipeline = 3 does not divide the 4 layers"),
