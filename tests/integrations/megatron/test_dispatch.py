@@ -129,3 +129,25 @@ def _skips_steps(root: Path) -> None:
 def test_steps_without_room_are_skipped(tmp_path: Path) -> None:
     jobs.write_tokens(tmp_path)
     processes.run(_skips_steps, tmp_path)
+
+
+def _stages(root: Path) -> None:
+    """The first pipeline stage has a dense layer alone: nothing is exchanged there, and steps are skipped all the
+    same."""
+    layout = ["parallel.pipeline=2", "parallel.expert=2", "training.steps=6"]
+    found = []
+    for number, dispatch in enumerate(([], ["swap.dispatch=flashmoe"])):
+        given = jobs.recipe_of("mla", root / str(number), root / "tokens.bin", *layout, *dispatch)
+        found.append(jobs.train(given))
+    assert (found[0] is None) == (found[1] is None)
+    if found[0] is not None and found[1] is not None:
+        torch.testing.assert_close(found[1].losses, found[0].losses, rtol=0, atol=1e-5)
+    small = [*layout, "swap.dispatch=flashmoe", "swap.dispatch_capacity=0.1"]
+    with pytest.raises(UsageError, match=rf"^{MOST_SKIPPED} steps in a row"):
+        jobs.train(jobs.recipe_of("mla", root / "full", root / "tokens.bin", *small))
+
+
+@pytest.mark.slow
+def test_pipeline_stages(tmp_path: Path) -> None:
+    jobs.write_tokens(tmp_path)
+    processes.run(_stages, tmp_path, processes=4)
