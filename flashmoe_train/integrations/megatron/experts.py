@@ -20,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
+from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.exchanges import Sharing
 from flashmoe_train.integrations.megatron import checks
 from flashmoe_train.ops import expert_parallel
@@ -106,6 +107,11 @@ class FlashMoEExperts(MegatronModule):
         (tokens, dim), group = x.shape, self.ep_group
         experts = self.num_local_experts * group.size()
         exchange = self.sharing.exchange(group, experts, dim, ids.shape[1], x.dtype, x.device, tokens)
+        if tokens > exchange.tokens:
+            raise UsageError(
+                f"layer {self.layer} has {tokens} tokens at once, and our exchange was made for {exchange.tokens}: "
+                "set swap's dispatch_tokens to the most that come"
+            )
         return expert_parallel.routed_experts(
             x, w1, w2, w3, ids, weights, exchange, self.layer, score_mode="activation", gradients=gradients
         )

@@ -75,6 +75,10 @@ def _two_lines_in_a_script() -> None:
         (exchange,) = exchanges._exchanges.values()
         assert exchange.tokens == 32 and not exchange.lost.any() and exchange.layers == ["1", "2"]
         exchanges.forget()
+    model_parallel_cuda_manual_seed(0)
+    model = build(given, swap(spec, given, dispatch="flashmoe", dispatch_tokens=31))
+    with pytest.raises(UsageError, match="layer 1 has 32 tokens at once, and our exchange was made for 31: set swap's"):
+        loss(model)
 
 
 def test_two_lines_in_a_script() -> None:
