@@ -79,6 +79,10 @@ class LocalDispatcher(MoETokenDispatcher):
     def dispatch_postprocess(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return hidden, self.ids, probs
 
+    def get_expert_zero_copy_buffers(self) -> tuple[None, None]:
+        """Where experts could write results and gradients, which versions after 0.16.1 ask: ours return them."""
+        return None, None
+
     def combine_preprocess(self, hidden: Tensor) -> Tensor:
         return hidden
 
