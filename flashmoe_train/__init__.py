@@ -14,6 +14,7 @@ from flashmoe_train.ops.moe import moe
 from flashmoe_train.swap import swap
 
 swap.framework("transformers", "flashmoe_train.integrations.transformers")
+swap.framework("megatron", "flashmoe_train.integrations.megatron.built")
 
 __version__ = "0.1.0"
 __all__ = ["attention", "moe", "nn", "swap", "swap_sdpa"]

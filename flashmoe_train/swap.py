@@ -7,7 +7,8 @@ parameters, their names, shapes, initialisation and hooks are untouched, so chec
     print(report)
     report.revert()
 
-A framework whose modules ask for their implementation by name changes the name instead (`swap.framework`).
+A framework may do it in its own way (`swap.framework`): change the name by which modules look their implementation up,
+or put others in their place.
 """
 
 import importlib
@@ -163,7 +164,7 @@ class _Registered:
         self, model: nn.Module, *, attention: Choice = "flashmoe", experts: Choice = "flashmoe", dry_run: bool = False
     ) -> Report:
         """Swaps, in place, every module of `model` that has a registered replacement: classes that were registered,
-        PyTorch's own, and the attention and experts of Transformers' models.
+        PyTorch's own, and the attention and experts of Transformers' and Megatron-core's models.
 
         Call it before FSDP, `torch.compile` or anything else that wraps modules. `attention="stock"` leaves attention
         alone, `experts="stock"` experts. A `dry_run` changes nothing. Returns what was swapped to what, and what was

@@ -116,6 +116,7 @@ BENCHES = (
         standard=[
             Case("megatron_llama3_8b_4layers", 2, ("training.steps=20",)),
             Case("megatron_qwen3_30b_4layers", 2, ("training.steps=20",)),
+            Case("megatron_qwen3_30b_4layers", 2, ("training.steps=20", "swap.dispatch=flashmoe")),
         ],
         tiny=[Case("megatron_moe_debug", min(2, launch.default_processes()), ("training.steps=8",))],
     ),

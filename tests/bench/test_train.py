@@ -47,7 +47,7 @@ def test_stock_once_more_is_the_scale_of_differences(again: bool, trained: list[
 def test_standard_cases_are_found_by_label_and_others_by_recipe() -> None:
     assert [case.recipe for case in BENCH.matching("llama3_debug*")] == ["llama3_debug"]
     assert BENCH.matching("llama3_debug*")[0].again
-    assert [case.gpus for case in MEGATRON.matching("megatron_*")] == [2, 2]
+    assert [case.gpus for case in MEGATRON.matching("megatron_*")] == [2, 2, 2]
     assert BENCH.matching("megatron_*") == MEGATRON.matching("qwen3_moe_debug") == ()
     assert BENCH.matching("qwen3_moe_debug") == (train.Case("qwen3_moe_debug", 2),)
 

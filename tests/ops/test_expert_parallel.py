@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flashmoe_train.ops.expert_parallel import Exchange, ExchangeCase, ep_plan, routed_experts, supports
+from flashmoe_train.ops.moe import WeightGradients
 
 from .. import processes
 from .moe_cases import Case, oracle
@@ -63,14 +64,14 @@ def exchange_for(shared: Shared, **options: Any) -> Exchange:
     return Exchange(dist.group.WORLD, **(sizes | where | options))
 
 
-def run(shared: Shared, exchange: Exchange, layer: str = "layer") -> tuple[Tensor, ...]:
+def run(shared: Shared, exchange: Exchange, layer: str = "layer", **options: Any) -> tuple[Tensor, ...]:
     """out, dx, dw1, dw2, dw3, dweights of this rank."""
     (x, *w, weights), ids, dout = shared.tensors(exchange)
     tokens, experts = shared.own(dist.get_rank())
     leaves = [t.detach()[own].clone().requires_grad_() for t, own in ((x, tokens), *((e, experts) for e in w))]
     leaves.append(weights.detach()[tokens].clone().requires_grad_())
-    out = routed_experts(*leaves[:4], ids[tokens], leaves[4], exchange, layer)
-    return out.detach(), *torch.autograd.grad(out, leaves, dout[tokens])
+    out = routed_experts(*leaves[:4], ids[tokens], leaves[4], exchange, layer, **options)
+    return out.detach(), *torch.autograd.grad(out, leaves, dout[tokens], allow_unused="gradients" in options)
 
 
 def wanted(shared: Shared) -> tuple[Tensor, ...]:
@@ -95,6 +96,28 @@ def check_equals_one_process(tokens: list[tuple[int, ...]]) -> None:
             assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), shared
             assert not exchange.lost.any(), shared
             exchange.close()
+
+
+def check_added(shared: Shared, where: dict[str, Any]) -> None:
+    """Gradients of weights are added, to sums in float32 too; weights may multiply the activation."""
+    exchange, names = exchange_for(shared, **where), ("out", "dx", "dw1", "dw2", "dw3", "dweights")
+    plain = run(shared, exchange, score_mode="activation")
+    sums = [torch.ones_like(dw, dtype=torch.float32) for dw in plain[2:5]]
+    for _ in range(2):
+        out, dx, *none, dweights = run(shared, exchange, score_mode="activation", gradients=WeightGradients(*sums))
+        assert none == [None] * 3
+    found = out, dx, *((dw - 1) / 2 for dw in sums), dweights
+    allowed = 1e-5 if exchange.dtype == torch.float32 else 2e-2
+    for name, a, b, c in zip(names, found, plain, wanted(shared), strict=True):
+        assert (a - b).norm() <= allowed * b.norm(), name
+        assert (b.float().cpu() - c).norm() <= allowed * c.norm(), name
+    if exchange.dtype != torch.float32:
+        assert not torch.equal(sums[0], sums[0].to(exchange.dtype).float())
+        assert not torch.equal(plain[0], run(shared, exchange)[0])  # the weights are rounded elsewhere
+    with pytest.raises(ValueError, match="gradients must not be delayed"):
+        run(shared, exchange, gradients=WeightGradients(*sums, delayed=True))
+    with pytest.raises(ValueError, match="dw2 must be"):
+        run(shared, exchange, gradients=WeightGradients(sums[0], sums[0], sums[2]))
 
 
 class Layers(nn.Module):
@@ -193,6 +216,8 @@ def check_two() -> None:
     shared = Shared("random", (9, 7))
     check_layers(shared, exchange_for(shared), compiled=True)
     check_overflow({}, {})
+    for dtype in (torch.float32, torch.bfloat16):
+        check_added(shared, {"dtype": dtype})
     check_errors()
 
 

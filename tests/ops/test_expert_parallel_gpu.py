@@ -17,7 +17,7 @@ from flashmoe_train.ops.expert_parallel import Exchange, routed_experts
 
 from .. import processes
 from .moe_gpu import NAMES, exact
-from .test_expert_parallel import Layers, Shared, check_layers, check_overflow, exchange_for, run
+from .test_expert_parallel import Layers, Shared, check_added, check_layers, check_overflow, exchange_for, run
 
 pytestmark = pytest.mark.gpu
 
@@ -124,6 +124,7 @@ def check_rest() -> None:
     world = dist.get_world_size()
     shared = Shared("random", (40, 33, 0, 21)[:world], **SIZES)
     check_layers(shared, exchange_for(shared, **on_gpu(peer_memory=True)), compiled=True)
+    check_added(shared, on_gpu(peer_memory=True))
     check_graph()
     if world == 2:
         check_overflow(on_gpu(peer_memory=True), SIZES)

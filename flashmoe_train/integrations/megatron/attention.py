@@ -49,9 +49,8 @@ class FlashMoEAttention(MegatronModule):
         checks.attention(config, attention_dropout)
         self.attn_mask_type = attn_mask_type
         head_dim = config.kv_channels if k_channels is None else k_channels
+        # apply_query_key_layer_scaling divides before stock's softmax, for float16's range, and multiplies within it.
         self.softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-        if config.apply_query_key_layer_scaling:
-            self.softmax_scale /= max(1, layer_number)
         self.window: tuple[int | None, int | None] = (None, None)
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             left, right = config.window_size

@@ -4,6 +4,7 @@ Stock and swapped models, on any layout of processes, load what the others have 
 """
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,25 @@ class Checkpoints:
     """Saves and loads one run: the model without wrappers, its optimizer, the schedule of the learning rate."""
 
     def __init__(
-        self, folder: Path, wrapped: Any, model: Any, optimizer: Any, scheduler: Any, keep: int | None
+        self,
+        folder: Path,
+        wrapped: Any,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        keep: int | None,
+        asynchronous: bool = False,
     ) -> None:
         from megatron.core import parallel_state
+        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
         self.folder, self.wrapped, self.model = folder, wrapped, model
         self.optimizer, self.scheduler, self.keep = optimizer, scheduler, keep or _KEEP
+        # Of this run alone: a process that writes for a run that was killed may still be at it.
+        own = [f"unfinished-{time.time_ns()}"]
+        dist.broadcast_object_list(own, 0)
+        self.unfinished = folder / own[0]
+        self.writing = AsyncCallsQueue() if asynchronous else None  # at most one checkpoint at once
         self.metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
             "chained_optim_avoid_prefix": True,
@@ -42,26 +56,46 @@ class Checkpoints:
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
 
-    def save(self, step: int) -> Path:
-        """All processes call it. A run that is killed in between leaves the checkpoint before as the newest."""
+    def save(self, step: int) -> None:
+        """All processes call it. A run that is killed in between leaves the checkpoint before as the newest. An
+        asynchronous one is a copy from now on, which another process writes."""
         from megatron.core import dist_checkpointing
 
-        unfinished, path = self.folder / "unfinished", self.folder / f"step-{step}"
+        self.finish()
         if dist.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            for left in self.folder.glob("unfinished*"):
+                shutil.rmtree(left, ignore_errors=True)
+            self.unfinished.mkdir(parents=True)
         dist.barrier()
         with compat.complete_parameters(self.wrapped):
-            dist_checkpointing.save(self._state(loading=False, step=step), str(unfinished))
-        dist.barrier()
+            state = self._state(loading=False, step=step)
+            later = dist_checkpointing.save(state, str(self.unfinished), async_sharded_save=self.writing is not None)
+            if self.writing is not None:
+                later.add_finalize_fn(lambda: self._publish(step))
+                self.writing.schedule_async_request(later)
+        if self.writing is None:
+            dist.barrier()
+            self._publish(step)
+
+    def _publish(self, step: int) -> None:
         if dist.get_rank() == 0:
+            path = self.folder / f"step-{step}"
             shutil.rmtree(path, ignore_errors=True)
-            unfinished.rename(path)
+            self.unfinished.rename(path)
             steps = sorted(int(other.name[5:]) for other in self.folder.glob("step-*") if other.name[5:].isdigit())
             for old in steps[: -self.keep]:
                 shutil.rmtree(self.folder / f"step-{old}")
         dist.barrier()
-        return path
+
+    def poll(self) -> None:
+        """Gives a checkpoint its name if all processes have written it. All of them call it, once a step."""
+        if self.writing is not None:
+            self.writing.maybe_finalize_async_calls()
+
+    def finish(self) -> None:
+        """Waits until the checkpoint in the making is complete. All processes call it."""
+        if self.writing is not None:
+            self.writing.maybe_finalize_async_calls(blocking=True)
 
     def resume(self) -> int:
         """Loads the newest checkpoint, if there is one; returns its step, else 0."""

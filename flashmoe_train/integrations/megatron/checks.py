@@ -3,9 +3,12 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 from flashmoe_train.errors import UsageError
+from flashmoe_train.ops.expert_parallel import ExchangeCase, supports
+from flashmoe_train.ops.library import capability
 
 _Reason = tuple[bool, str]
 
@@ -56,6 +59,28 @@ def experts(config: Any) -> None:
             (config.moe_apply_probs_on_input, "moe_apply_probs_on_input: they multiply within"),
         ],
     )
+
+
+def dispatch(config: Any) -> None:
+    """Raises UsageError unless processes can share the experts of the TransformerConfig by our exchange."""
+    what = 'dispatch = "flashmoe"'
+    tensor = config.expert_tensor_parallel_size
+    _refuse(
+        what,
+        [
+            (tensor not in (None, 1), f"expert_tensor_parallel_size = {tensor}: each expert is one process', set 1"),
+            (config.moe_token_dispatcher_type == "flex", 'moe_token_dispatcher_type = "flex": it is another exchange'),
+            (config.moe_pad_expert_input_to_capacity, "moe_pad_expert_input_to_capacity: it does not pad experts"),
+            (config.moe_shared_expert_overlap, "moe_shared_expert_overlap: it overlaps nothing yet"),
+            (config.overlap_moe_expert_parallel_comm, "overlap_moe_expert_parallel_comm: it overlaps nothing yet"),
+            (config.delay_wgrad_compute, "delay_wgrad_compute: tokens are not kept for it"),
+        ],
+    )
+    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else config.params_dtype
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = config.hidden_size, config.moe_ffn_hidden_size, config.num_moe_experts, config.expert_model_parallel_size
+    if (reason := supports(ExchangeCase(device, capability(device), dtype, *sizes))) is not None:
+        raise UsageError(f'{what}: {reason}; "stock" runs')
 
 
 def _refuse(what: str, reasons: Iterable[_Reason]) -> None:

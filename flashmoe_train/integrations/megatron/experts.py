@@ -1,4 +1,4 @@
-"""Megatron's experts and mixture-of-experts layer on `flashmoe_train.ops.moe`.
+"""Megatron's experts on `flashmoe_train.ops.moe` and `flashmoe_train.ops.expert_parallel`.
 
 Weights are three tensors for all experts of a process, as the operator wants them. In state dicts and distributed
 checkpoints they have the names and shapes of Megatron's SequentialMLP, so that either loads what the other has saved.
@@ -17,13 +17,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
+from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.exchanges import Sharing
 from flashmoe_train.integrations.megatron import checks
-from flashmoe_train.integrations.megatron.flex import slots_of
+from flashmoe_train.ops import expert_parallel
 from flashmoe_train.ops.moe import WeightGradients, moe, moe_rows
 
 # Of an expert in SequentialMLP: which parameter holds ours, and which half of its rows.
@@ -42,6 +42,8 @@ class FlashMoEExperts(MegatronModule):
     """
 
     takes_place_of = "SequentialMLP"
+    sharing: Sharing | None = None  # how tokens reach the experts of other processes, where these take tokens
+    layer = "experts"  # whose they are, in what is said of that
 
     def __init__(
         self, num_local_experts: int, config: Any, submodules: Any = None, pg_collection: Any = None, name: Any = None
@@ -78,18 +80,41 @@ class FlashMoEExperts(MegatronModule):
     def forward(self, x: Tensor, routing: Tensor, probs: Tensor, **options: Any) -> tuple[Tensor, None]:
         """Rows x `[R, h]` sorted by expert, how many each expert has `[E]` and a weight for each `[R]`, as Megatron's
         dispatchers hand them over, give `[R, h]`. Or, from our own dispatcher: tokens x `[T, h]`, the experts of each
-        `[T, K]` (-1: none) and their weights `[T, K]` give tokens `[T, h]`."""
+        `[T, K]` (of all processes if they share; -1: none) and their weights `[T, K]` give tokens `[T, h]`."""
         gradients = self._gradients() if torch.is_grad_enabled() else None
         w1, w2, w3 = self._weights()
         if gradients is not None:
             apart = gradients.delayed
             w1, w2, w3 = (w.detach().requires_grad_() for w in (w1, w2, w3)) if apart else _Added.apply(w1, w2, w3)
         if routing.dim() == 2:
-            out = moe(x, w1, w2, w3, routing, probs.float(), score_mode="activation", gradients=gradients)
-            return out, None
+            return self._of_tokens(x, w1, w2, w3, routing, probs.float(), gradients), None
         ends = routing.to(x.device).cumsum(0, dtype=torch.int32)
         offsets = torch.cat([ends.new_zeros(1), ends])
         return moe_rows(x.contiguous(), w1, w2, w3, offsets, probs.float(), gradients=gradients), None
+
+    def _of_tokens(
+        self,
+        x: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        w3: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gradients: WeightGradients | None,
+    ) -> Tensor:
+        if self.sharing is None:
+            return moe(x, w1, w2, w3, ids, weights, score_mode="activation", gradients=gradients)
+        (tokens, dim), group = x.shape, self.ep_group
+        experts = self.num_local_experts * group.size()
+        exchange = self.sharing.exchange(group, experts, dim, ids.shape[1], x.dtype, x.device, tokens)
+        if tokens > exchange.tokens:
+            raise UsageError(
+                f"layer {self.layer} has {tokens} tokens at once, and our exchange was made for {exchange.tokens}: "
+                "set swap's dispatch_tokens to the most that come"
+            )
+        return expert_parallel.routed_experts(
+            x, w1, w2, w3, ids, weights, exchange, self.layer, score_mode="activation", gradients=gradients
+        )
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.w1, self.w2, self.w3
@@ -245,50 +270,3 @@ def _from_sequential(module: Any, state: dict[str, Any], prefix: str, *rest: Any
     both = torch.stack([state.pop(f"{name}.linear_fc1.weight") for name in names])
     state[f"{prefix}w1"], state[f"{prefix}w3"] = both.chunk(2, 1)
     state[f"{prefix}w2"] = torch.stack([state.pop(f"{name}.linear_fc2.weight") for name in names])
-
-
-class FlashMoELayer(MoELayer):
-    """In place of MoELayer: where a process has all experts, gather and combine are the operator's too; otherwise
-    Megatron's own dispatcher exchanges rows, and the experts compute them."""
-
-    takes_place_of = "MoELayer"
-
-    def __init__(
-        self, config: Any, submodules: Any = None, layer_number: Any = None, pg_collection: Any = None, **options: Any
-    ) -> None:
-        if pg_collection is None:  # Megatron hands the groups to MoELayer itself, not to classes derived from it
-            from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-
-            pg_collection = get_default_pg_collection()
-        super().__init__(config, submodules, layer_number, pg_collection, **options)
-        alone = pg_collection.ep.size() == 1 and pg_collection.expt_tp.size() == 1
-        padded = config.moe_pad_expert_input_to_capacity
-        if alone and isinstance(self.experts, FlashMoEExperts) and not (padded or config.moe_shared_expert_overlap):
-            self.token_dispatcher = LocalDispatcher(config, pg_collection)
-
-
-class LocalDispatcher(MoETokenDispatcher):
-    """Hands tokens and their experts to FlashMoEExperts as they are; nothing is read by the host."""
-
-    def dispatch_preprocess(self, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `[..., h]`, which experts each has (bool `[T, experts]`) and their weights `[T, experts]` give tokens
-        `[T, h]` and weights `[T, K]`, experts in rising order."""
-        self.shape = hidden.shape
-        # Fewer than K of a token that an expert has dropped: the operator skips -1.
-        self.ids, weights = slots_of(routing_map, probs, self.config.moe_router_topk)
-        return hidden.reshape(-1, self.shape[-1]), weights
-
-    def token_dispatch(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden, probs
-
-    def dispatch_postprocess(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return hidden, self.ids, probs
-
-    def combine_preprocess(self, hidden: Tensor) -> Tensor:
-        return hidden
-
-    def token_combine(self, hidden: Tensor, *args: Any, **options: Any) -> Tensor:
-        return hidden
-
-    def combine_postprocess(self, hidden: Tensor) -> Tensor:
-        return hidden.view(self.shape)

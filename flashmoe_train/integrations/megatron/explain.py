@@ -65,6 +65,8 @@ def _shares(plan: Plan) -> str:
     degrees = {"pipeline": layout.pipeline, "data": layout.data, "tensor": layout.tensor}
     product = " × ".join(f"{name} {n}" for name, n in degrees.items() if n > 1) or "no parallelism"
     experts = f"; experts over {layout.expert}" if layout.expert > 1 else ""
+    if plan.sharing is not None:
+        experts += f", by our exchange of at most {plan.sharing.tokens:,} tokens from each"
     return f"{layout.processes}: {product}{experts}"
 
 

@@ -12,6 +12,7 @@ import torch
 from flashmoe_train import data, huggingface
 from flashmoe_train.errors import UsageError, nearest
 from flashmoe_train.integrations import sizes
+from flashmoe_train.integrations.exchanges import Sharing
 from flashmoe_train.integrations.megatron import checks, installed, models, token_files
 from flashmoe_train.schema import Checkpoint, Data, Model, Recipe
 
@@ -81,6 +82,7 @@ class Plan:
     optimizer: Any  # OptimizerConfig
     ddp: Any  # DistributedDataParallelConfig
     scheduler: dict[str, Any]  # OptimizerParamScheduler's
+    sharing: Sharing | None  # of experts by our exchange; None: Megatron's, or nothing is to be exchanged
     job: Job
     steps: int
     seq_len: int
@@ -126,12 +128,28 @@ def resolve(recipe: Recipe, processes: int) -> Plan:
         optimizer=optimizer,
         ddp=ddp,
         scheduler=scheduler,
+        sharing=_sharing(recipe, layout, config, seq_len),
         job=job,
         steps=steps,
         seq_len=seq_len,
         seed=1234 if recipe.training.seed is None else recipe.training.seed,
         folder=Path(str(recipe.folder)),
     )
+
+
+def _sharing(recipe: Recipe, layout: Layout, config: Any, seq_len: int) -> Sharing | None:
+    swap = recipe.swap
+    if swap.dispatch == "stock":
+        return None
+    if swap.moe == "stock":
+        raise UsageError(
+            '[swap] dispatch = "flashmoe" hands tokens to our experts: it needs moe = "flashmoe", found "stock"'
+        )
+    if layout.expert == 1:
+        return None
+    checks.dispatch(config)
+    # Sequence parallelism shares tokens among tensor-parallel processes; validation takes one sequence at once.
+    return Sharing(-(-layout.micro_batch * seq_len // layout.tensor), swap.dispatch_capacity)
 
 
 def _table(own: dict[str, Any], name: str) -> dict[str, Any]:
@@ -152,9 +170,7 @@ def _check_what_is_not_done(recipe: Recipe) -> None:
     training, parallel = recipe.training, recipe.parallel
     for key, said in {
         "[data] document_masks": recipe.data is not None and recipe.data.document_masks,
-        '[swap] dispatch = "flashmoe"': recipe.swap.dispatch == "flashmoe",
         "[training] compile": training.compile,
-        "[checkpoint] asynchronous": recipe.checkpoint.asynchronous,
         "[parallel] replicate": parallel.replicate > 1,
         "[parallel] context": parallel.context > 1,
     }.items():

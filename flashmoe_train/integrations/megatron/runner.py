@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashmoe_train import data
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.exchanges import Overflows, forget
 from flashmoe_train.integrations.megatron import compat, cpu, recipes, specs, token_files, weights
 from flashmoe_train.integrations.megatron.checkpoints import Checkpoints, is_complete
 from flashmoe_train.integrations.megatron.expert_load import ExpertLoad
@@ -108,7 +109,7 @@ def build_model(plan: Plan) -> Any:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
         nothing = swap.attention == "stock" and (swap.moe == "stock" or plan.model.moe is None)
         if not nothing or config.sequence_parallel:  # the norms, which stock has not
-            spec = specs.swap(spec, config, attention=swap.attention, moe=swap.moe)
+            spec = specs.swapped(spec, config, swap.attention, swap.moe, plan.sharing)
         return GPTModel(
             config,
             spec,
@@ -157,9 +158,20 @@ class Trainer:
             parallel_state.get_tensor_and_data_parallel_group(),
             parallel_state.get_pipeline_model_parallel_group(),
         )
+        self.overflows = None
+        if plan.sharing is not None:
+            self.overflows = Overflows(
+                plan.recipe.swap.dispatch_capacity, "[swap] dispatch_capacity", self.device, logging.warning
+            )
         chosen = plan.recipe.checkpoint
         self.checkpoints = Checkpoints(
-            plan.folder / "checkpoint", self.wrapped, self.model, self.optimizer, self.scheduler, chosen.keep
+            plan.folder / "checkpoint",
+            self.wrapped,
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            chosen.keep,
+            bool(chosen.asynchronous),
         )
         self.step = self.checkpoints.resume() if chosen.model_fields_set - {"start_from", "export"} else 0
         if self.step == 0 and chosen.start_from is not None:
@@ -217,11 +229,13 @@ class Trainer:
         self.wrapped.train()
         while self.step < plan.steps:
             self._train_step()
+            self.checkpoints.poll()
             last = self.step == plan.steps
             if self.heldout is not None and (last or self.step % every == 0):
                 self._validate()
             if saves and (last or (chosen.every is not None and self.step % chosen.every == 0)):
                 self.checkpoints.save(self.step)
+        self.checkpoints.finish()
 
     def _train_step(self) -> None:
         plan, layout = self.plan, self.plan.layout
@@ -232,7 +246,7 @@ class Trainer:
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._forward_backward(self._batches(self.training, self.step * layout.sequences), layout.turns)
-        succeeded, grad_norm, _ = self.optimizer.step()
+        succeeded, grad_norm = self._update()
         rate = self.optimizer.param_groups[0]["lr"]
         if succeeded:
             self.scheduler.step(increment=1)
@@ -250,7 +264,7 @@ class Trainer:
             Step(
                 self.step,
                 loss=loss,
-                grad_norm=float(grad_norm),
+                grad_norm=grad_norm,
                 tokens_per_s=tokens_per_s,
                 seconds=seconds,
                 peak_gib=peak,
@@ -260,13 +274,23 @@ class Trainer:
         )
         metrics |= {
             "loss_metrics/global_avg_loss": loss,
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
             "lr": rate,
             "throughput(tps)": tokens_per_s,
             "memory/max_active(GiB)": peak,
         }
         for name, value in metrics.items():
             self.tensorboard.add_scalar(name, value, self.step)
+
+    def _update(self) -> tuple[bool, float]:
+        """Whether the optimizer took its step, and the gradients' norm, which it reads on the host anyway."""
+        if self.overflows is not None:
+            self.overflows.count()
+            if self.overflows.report():
+                self.optimizer.prepare_grads()
+                return False, float(self.optimizer.get_grad_norm())
+        succeeded, grad_norm, _ = self.optimizer.step()
+        return succeeded, float(grad_norm)
 
     def _validate(self) -> None:
         assert self.heldout is not None
@@ -275,6 +299,8 @@ class Trainer:
             batches = self._batches(self.heldout, 0, at_once=1, turns=self.checks)
             losses = self._forward_backward(batches, self.checks, forward_only=True)
         self.wrapped.train()
+        if self.overflows is not None:
+            self.overflows.report_validation()
         loss = self._mean(losses)
         if self.monitor is not None:
             self.monitor.log_heldout(self.step, loss)
@@ -335,6 +361,7 @@ class Trainer:
             )
 
     def close(self) -> None:
+        forget()
         if self.monitor is not None:
             self.monitor.stop()
             self.tensorboard.close()

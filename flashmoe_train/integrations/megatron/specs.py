@@ -5,11 +5,20 @@ import functools
 from typing import Any, get_args
 
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.exchanges import Sharing
 from flashmoe_train.schema import Choice
 from flashmoe_train.swap import Report, Row
 
 
-def swap(spec: Any, config: Any, *, attention: Choice = "flashmoe", moe: Choice = "flashmoe") -> Any:
+def swap(
+    spec: Any,
+    config: Any,
+    *,
+    attention: Choice = "flashmoe",
+    moe: Choice = "flashmoe",
+    dispatch: Choice = "stock",
+    dispatch_tokens: int | None = None,
+) -> Any:
     """A copy of `spec` with our attention, mixture-of-experts layers and, where stock's does not run, norms in it.
 
     Args:
@@ -18,6 +27,10 @@ def swap(spec: Any, config: Any, *, attention: Choice = "flashmoe", moe: Choice 
         config: the TransformerConfig that the model will have.
         attention: "stock" leaves core attention alone.
         moe: "stock" leaves mixture-of-experts layers alone; dense layers have none.
+        dispatch: "flashmoe" has processes that share experts exchange tokens by our exchange, with room for all that
+            can come; otherwise Megatron's dispatcher does.
+        dispatch_tokens: the most tokens that a process takes through a layer at once, for our exchange: those of a
+            micro-batch, divided by tensor parallelism. None: as many as the first call brings.
 
     Returns:
         A specification of the same kind; with sequence parallelism one of a block, which also says what the final norm
@@ -26,19 +39,32 @@ def swap(spec: Any, config: Any, *, attention: Choice = "flashmoe", moe: Choice 
     Raises UsageError if the configuration asks for what our parts do not compute, the specification is of another kind,
     or nothing in it could be swapped. Megatron's defects that would be in the way are worked around (`compat`).
     """
+    for name, choice in (("attention", attention), ("moe", moe), ("dispatch", dispatch)):
+        if choice not in get_args(Choice):
+            raise UsageError(f"{name} must be one of {', '.join(map(repr, get_args(Choice)))}, found {choice!r}")
+    if dispatch == "flashmoe" and moe == "stock":
+        raise UsageError('dispatch = "flashmoe" hands tokens to our experts: it needs moe = "flashmoe", found "stock"')
+    if dispatch_tokens is not None and (dispatch_tokens < 1 or dispatch == "stock"):
+        raise UsageError(
+            'dispatch_tokens must be at least 1, and is for dispatch = "flashmoe", found '
+            f'{dispatch_tokens} with dispatch = "{dispatch}"'
+        )
+    sharing = Sharing(dispatch_tokens, None) if dispatch == "flashmoe" else None
+    return swapped(spec, config, attention, moe, sharing)
+
+
+def swapped(spec: Any, config: Any, attention: Choice, moe: Choice, sharing: Sharing | None) -> Any:
+    """`swap`, for whoever knows how processes share experts."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
     from flashmoe_train.integrations.megatron import compat
     from flashmoe_train.integrations.megatron.norm import Norm
 
-    for name, choice in (("attention", attention), ("moe", moe)):
-        if choice not in get_args(Choice):
-            raise UsageError(f"{name} must be one of {', '.join(map(repr, get_args(Choice)))}, found {choice!r}")
     compat.apply()
     spec = copy.deepcopy(spec)  # one layer's specification often stands for all of them, and other models'
     is_block = isinstance(spec, TransformerBlockSubmodules)
     layers = {id(layer): layer for layer in (spec.layer_specs if is_block else [spec])}.values()
-    swapped = 0
+    count = 0
     for layer in layers:
         parts = _submodules(layer)
         if not hasattr(parts, "self_attention"):
@@ -46,10 +72,10 @@ def swap(spec: Any, config: Any, *, attention: Choice = "flashmoe", moe: Choice 
         if config.sequence_parallel:
             _use_norm(parts)
         if attention == "flashmoe":
-            swapped += _swap_attention(parts, config)
+            count += _swap_attention(parts, config)
         if moe == "flashmoe":
-            swapped += _swap_moe(parts, config)
-    if not swapped and "flashmoe" in (attention, moe):
+            count += _swap_moe(parts, config, sharing)
+    if not count and "flashmoe" in (attention, moe):
         raise UsageError("nothing was swapped: the specification has no core_attention, and no MoELayer if it is dense")
     if config.sequence_parallel:
         if not is_block:
@@ -108,18 +134,24 @@ def _swap_attention(parts: Any, config: Any) -> int:
     return 1
 
 
-def _swap_moe(parts: Any, config: Any) -> int:
+def _swap_moe(parts: Any, config: Any, sharing: Sharing | None) -> int:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from flashmoe_train.integrations.megatron import checks
-    from flashmoe_train.integrations.megatron.experts import FlashMoEExperts, FlashMoELayer
+    from flashmoe_train.integrations.megatron.experts import FlashMoEExperts
+    from flashmoe_train.integrations.megatron.layer import FlashMoELayer
 
     if _module(parts.mlp) is not MoELayer:
         return 0
     checks.experts(config)
+    given = {}
+    if sharing is not None and config.expert_model_parallel_size > 1:
+        checks.dispatch(config)
+        given = {"sharing": sharing}
     _submodules(parts.mlp).experts = FlashMoEExperts
     if isinstance(parts.mlp, functools.partial):
-        parts.mlp = functools.partial(FlashMoELayer, *parts.mlp.args, **parts.mlp.keywords)
+        parts.mlp = functools.partial(FlashMoELayer, *parts.mlp.args, **{**parts.mlp.keywords, **given})
     else:
         parts.mlp.module = FlashMoELayer
+        parts.mlp.params = {**parts.mlp.params, **given}
     return 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from flashmoe_train.integrations.torchtitan.sharing import Sharing
+from flashmoe_train.integrations.exchanges import Sharing
 from flashmoe_train.ops import expert_parallel
 from flashmoe_train.ops.attention import attention
 from flashmoe_train.ops.library import compute_dtype

@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flashmoe_train.ops.expert_parallel.exchange import Exchange, ExchangeCase, supports
-from flashmoe_train.ops.expert_parallel.operator import ep_forward, ep_gradients
+from flashmoe_train.ops.expert_parallel.operator import ep_forward, ep_gradients, ep_gradients_
 from flashmoe_train.ops.expert_parallel.plan import ep_plan
-from flashmoe_train.ops.moe import moe
-from flashmoe_train.ops.moe.checks import check_matrix, check_weights
+from flashmoe_train.ops.moe import ScoreMode, WeightGradients, moe
+from flashmoe_train.ops.moe.checks import check_matrix, check_sums, check_weights
+from flashmoe_train.ops.moe.gradients import added
 
 __all__ = ["Exchange", "ExchangeCase", "ep_plan", "routed_experts", "supports"]
 
@@ -41,6 +42,9 @@ def routed_experts(
     weights: Tensor,
     exchange: Exchange,
     layer: str = "experts",
+    *,
+    score_mode: ScoreMode = "combine",
+    gradients: WeightGradients | None = None,
 ) -> Tensor:
     """`flashmoe_train.moe` with the experts of all ranks; called by all of them, with tokens of their own.
 
@@ -52,6 +56,8 @@ def routed_experts(
         weights: router weights `[T, K]`, float32.
         exchange: what the ranks share.
         layer: whose experts these are: errors and overflows name it.
+        score_mode: where the router weight multiplies, as in `moe`.
+        gradients: where backward adds the gradients of w1, w2 and w3, as in `moe`, at once: not `delayed`.
 
     Returns:
         `[T, d]` in x's dtype. Gradients flow to x, w1, w2, w3 and weights; those of w are of all ranks' tokens.
@@ -65,8 +71,14 @@ def routed_experts(
     """
     _check(x, w1, ids, weights, exchange)
     if exchange.world == 1:
-        return moe(x, w1, w2, w3, ids, weights)
-    return _RoutedExperts.apply(x, w1, w2, w3, ids.int(), weights, exchange, exchange.number_of(layer))
+        return moe(x, w1, w2, w3, ids, weights, score_mode=score_mode, gradients=gradients)
+    inputs = (gradients, x, w1, w2, w3, ids.int(), weights, exchange, exchange.number_of(layer), score_mode)
+    if gradients is None:
+        return _RoutedExperts.apply(*inputs)
+    if gradients.delayed:
+        raise ValueError("gradients must not be delayed: later exchanges overwrite the tokens that they are made from")
+    check_sums(gradients.sums, w1.shape, x)
+    return added(_RoutedExperts, *inputs)
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -75,6 +87,7 @@ class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        gradients: WeightGradients | None,
         x: Tensor,
         w1: Tensor,
         w2: Tensor,
@@ -83,18 +96,23 @@ class _RoutedExperts(torch.autograd.Function):
         weights: Tensor,
         exchange: Exchange,
         layer: int,
+        score_mode: ScoreMode,
     ) -> Tensor:
-        out, *computed = ep_forward(x, w1, w2, w3, ids, weights, exchange.order, exchange.lost, exchange.name, layer)
+        ctx.gradients, ctx.said = gradients, (exchange.name, layer, score_mode)
+        out, *computed = ep_forward(x, w1, w2, w3, ids, weights, exchange.order, exchange.lost, *ctx.said)
         ctx.save_for_backward(x, w1, w2, w3, ids, *computed)
-        ctx.exchange, ctx.layer = exchange, layer
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        exchange = ctx.exchange
-        dx, dweights, dw1, dw2, dw3 = ep_gradients(dout.contiguous(), *ctx.saved_tensors, exchange.name, ctx.layer)
-        return dx, dw1, dw2, dw3, None, dweights, None, None
+        inputs = (dout.contiguous(), *ctx.saved_tensors, *ctx.said)
+        if ctx.gradients is None:
+            dx, dweights, *dw = ep_gradients(*inputs)
+        else:
+            dx, dweights = ep_gradients_(*ctx.gradients.sums, *inputs)
+            dw = [None, None, None]
+        return None, dx, *dw, None, dweights, None, None, None
 
 
 def _check(x: Tensor, w1: Tensor, ids: Tensor, weights: Tensor, exchange: Exchange) -> None:

@@ -1,4 +1,5 @@
-"""`torch.ops.flashmoe.ep_forward` and `ep_gradients`: dispatch, experts and combine as one operator each.
+"""`torch.ops.flashmoe.ep_forward`, `ep_gradients`, and `ep_gradients_`, which adds those of the experts' weights to
+tensors that it is given: dispatch, experts and combine as one operator each.
 
 One operator, because what lies between dispatch and combine is memory that other ranks write into: no compiler may
 move, copy or merge what reads it, and nothing that autograd keeps may point there. `order` and `lost` are what an
@@ -8,6 +9,9 @@ forward has read, since autograd would find it changed: each needs another's res
 their operator is one that compilers know to have effects.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -16,7 +20,14 @@ from flashmoe_train.ops.expert_parallel.exchange import Exchange, by_name
 from flashmoe_train.ops.expert_parallel.plan import ep_plan
 from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, implement
 from flashmoe_train.ops.moe.checks import check
-from flashmoe_train.ops.moe.experts import experts_backward, moe_forward
+from flashmoe_train.ops.moe.experts import (
+    experts_backward,
+    moe_forward,
+    moe_weight_gradient_down,
+    moe_weight_gradient_down_,
+    moe_weight_gradient_up,
+    moe_weight_gradient_up_,
+)
 from flashmoe_train.ops.moe.plan import RoutePlan, route_plan
 
 _SAVED = (
@@ -25,19 +36,25 @@ _SAVED = (
 )
 LIBRARY.define(
     "ep_forward(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor ids, Tensor weights, Tensor(a!) order,"
-    f" Tensor(b!) lost, str exchange, int layer) -> (Tensor out, {_SAVED})",
+    f" Tensor(b!) lost, str exchange, int layer, str score_mode) -> (Tensor out, {_SAVED})",
+    tags=TAGS,
+)
+_GIVEN = (
+    f"Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor ids, {_SAVED}, str exchange, int layer,"
+    " str score_mode"
+)
+LIBRARY.define(
+    f"ep_gradients({_GIVEN}) -> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor dw3)",
     tags=TAGS,
 )
 LIBRARY.define(
-    f"ep_gradients(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor ids, {_SAVED}, str exchange,"
-    " int layer) -> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor dw3)",
+    f"ep_gradients_(Tensor(a!) dw1, Tensor(b!) dw2, Tensor(c!) dw3, {_GIVEN}) -> (Tensor dx, Tensor dweights)",
     tags=TAGS,
 )
 ep_forward = torch.ops.flashmoe.ep_forward
 ep_gradients = torch.ops.flashmoe.ep_gradients
+ep_gradients_ = torch.ops.flashmoe.ep_gradients_
 torch.fx.node.has_side_effect(ep_gradients.default)
-
-_MODE = "combine"  # the weight multiplies before a token's rows are summed
 
 
 def _forward(
@@ -51,6 +68,7 @@ def _forward(
     lost: Tensor,
     exchange: str,
     layer: int,
+    score_mode: str,
 ) -> tuple[Tensor, ...]:
     own = by_name(exchange)
     own.check()
@@ -58,7 +76,7 @@ def _forward(
     tokens = own.transport.dispatch(x, position, counts, layer, ids.contiguous(), weights.contiguous())
     assert tokens.ids is not None and tokens.weights is not None
     plan = _within(own, route_plan(tokens.ids, own.here), lost, layer)
-    rows, h = moe_forward(tokens.rows, w1, w2, w3, tokens.weights, *plan, _MODE)
+    rows, h = moe_forward(tokens.rows, w1, w2, w3, tokens.weights, *plan, score_mode)
     out, _ = own.transport.combine(rows, position, counts, tokens.counts, layer)
     return out, h, *plan, tokens.weights, position, counts, tokens.counts
 
@@ -75,7 +93,24 @@ def _within(own: Exchange, plan: RoutePlan, lost: Tensor, layer: int) -> RoutePl
     )
 
 
-def _gradients(
+def _gradients(*given: Any) -> tuple[Tensor, ...]:
+    dx, dweights, dw2, (dw1, dw3) = _exchanged(moe_weight_gradient_down, moe_weight_gradient_up, *given)
+    return dx, dweights, dw1, dw2, dw3
+
+
+def _gradients_(dw1: Tensor, dw2: Tensor, dw3: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    def down(*rows: Tensor | None) -> None:
+        moe_weight_gradient_down_(dw2, *rows, True)
+
+    def up(*rows: Tensor | None) -> None:
+        moe_weight_gradient_up_(dw1, dw3, *rows, True)
+
+    return _exchanged(down, up, *given)[:2]
+
+
+def _exchanged(
+    down: Callable[..., Any],
+    up: Callable[..., Any],
     dout: Tensor,
     x: Tensor,
     w1: Tensor,
@@ -92,20 +127,24 @@ def _gradients(
     arrived: Tensor,
     exchange: str,
     layer: int,
-) -> tuple[Tensor, ...]:
+    score_mode: str,
+) -> tuple[Tensor, Tensor, Any, Any]:
+    """dx, dweights, and what `down` and `up` give, which `experts_backward` calls: all that reads arrived tokens is
+    launched between the exchanges."""
     own = by_name(exchange)
     own.check()
     douts = own.transport.dispatch(dout, position, counts, layer).rows
     tokens = own.transport.dispatch(x, position, counts, layer).rows
     saved = [tokens, w1, w2, w3, arrived_weights, offsets, row_slot, slot_row, h]
-    drows, dslots, dw2, (dw1, dw3) = experts_backward(douts, saved, _MODE)
+    drows, dslots, *dw = experts_backward(douts, saved, score_mode, down, up)
     dx, dweights = own.transport.combine(drows, position, counts, arrived, layer, dslots, ids.contiguous())
     assert dweights is not None
-    return dx, dweights, dw1, dw2, dw3
+    return dx, dweights, *dw
 
 
 implement("ep_forward", _forward, ANY_DEVICE)
 implement("ep_gradients", _gradients, ANY_DEVICE)
+implement("ep_gradients_", _gradients_, ANY_DEVICE)
 
 
 @torch.library.register_fake("flashmoe::ep_forward", lib=LIBRARY)
@@ -120,13 +159,14 @@ def _(
     lost: Tensor,
     exchange: str,
     layer: int,
+    score_mode: str,
 ) -> tuple[Tensor, ...]:
     own = by_name(exchange)
     integers = lambda *size: ids.new_empty(size, dtype=torch.int32)  # noqa: E731
     offsets, row_slot = integers(own.here + 1), integers(own.rows)
     slot_row = integers(own.places, own.top_k)
     arrived_weights = weights.new_empty((own.places, own.top_k))
-    check(x.new_empty((own.places, own.dim)), w1, w2, w3, arrived_weights, offsets, row_slot, slot_row, _MODE)
+    check(x.new_empty((own.places, own.dim)), w1, w2, w3, arrived_weights, offsets, row_slot, slot_row, score_mode)
     h = x.new_empty((own.rows, 2 * w1.shape[1]))
     position, counts, arrived = integers(x.shape[0], own.world), integers(own.world), integers(own.world)
     return x.new_empty(x.shape), h, offsets, row_slot, slot_row, arrived_weights, position, counts, arrived
@@ -151,6 +191,27 @@ def _(
     return x.new_empty(x.shape), arrived_weights.new_empty(ids.shape), *dw
 
 
+@torch.library.register_fake("flashmoe::ep_gradients_", lib=LIBRARY)
+def _(
+    dw1: Tensor,
+    dw2: Tensor,
+    dw3: Tensor,
+    dout: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    ids: Tensor,
+    h: Tensor,
+    offsets: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    arrived_weights: Tensor,
+    *exchanged: object,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), arrived_weights.new_empty(ids.shape)
+
+
 # Of the rows that an even share has, since only the devices know how many there are.
 
 
@@ -164,3 +225,8 @@ def _gradient_flops(
     dout: tuple, x: tuple, w1: tuple, w2: tuple, w3: tuple, ids: tuple, *args: object, **kwargs: object
 ) -> int:
     return 12 * ids[0] * ids[1] * w1[1] * w1[2]
+
+
+@register_flop_formula(ep_gradients_)
+def _added_gradient_flops(dw1: tuple, dw2: tuple, dw3: tuple, *args: Any, **kwargs: Any) -> int:
+    return _gradient_flops(*args, **kwargs)

@@ -14,7 +14,7 @@ Method: token-choice routing (Shazeer et al., 2017, arXiv:1701.06538); the six g
 with nothing recomputed and no saved copy of the gathered tokens as in SonicMoE (Guo et al., 2025, arXiv:2512.14080).
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from flashmoe_train.ops.moe.checks import (
     check_sums,
 )
 from flashmoe_train.ops.moe.experts import moe_forward
-from flashmoe_train.ops.moe.gradients import Experts, WeightGradients, Weights
+from flashmoe_train.ops.moe.gradients import Experts, WeightGradients, Weights, added
 from flashmoe_train.ops.moe.plan import RoutePlan, route_plan
 from flashmoe_train.ops.moe.router import Routing, router_topk
 from flashmoe_train.ops.moe.rows import moe_combine, moe_permute
@@ -146,17 +146,12 @@ def _experts(
     if gradients is None:
         return moe_forward(*inputs)[0]
     check_sums(gradients.sums, w1.shape, x)
-    return _added(Experts, gradients, *inputs)
+    return added(Experts, gradients, *inputs)
 
 
 def _into(gradients: WeightGradients, x: Tensor, *w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_sums(gradients.sums, w[0].shape, x)
-    return _added(Weights, gradients, *w)
-
-
-@torch.compiler.disable(reason="gradients of weights are added to tensors that the compiler does not see")
-def _added(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    return function.apply(*inputs)
+    return added(Weights, gradients, *w)
 
 
 class MoECase(NamedTuple):

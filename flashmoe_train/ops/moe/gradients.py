@@ -59,6 +59,12 @@ class WeightGradients:
             add()
 
 
+@torch.compiler.disable(reason="gradients of weights are added to tensors that the compiler does not see")
+def added(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """Applies a function that has `WeightGradients` among its inputs."""
+    return function.apply(*inputs)
+
+
 class Experts(torch.autograd.Function):
     """`moe_forward` whose gradients of weights go where `gradients` says."""
 

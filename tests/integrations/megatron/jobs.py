@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 
 from flashmoe_train import recipe
+from flashmoe_train.integrations import exchanges
 from flashmoe_train.integrations.megatron import attention, cpu, recipes, runner
 from flashmoe_train.integrations.megatron.checkpoints import Checkpoints
+from flashmoe_train.integrations.megatron.experts import FlashMoEExperts
 from flashmoe_train.schema import Recipe, parse
 
 STEPS = 8
@@ -100,8 +102,8 @@ def train(given: Recipe, check: Any = None) -> Run | None:
 
 
 def matrix(model: str, layouts: dict[str, list[str]], root: Path) -> None:
-    """In every layout: stock and swapped from the start, and each of them from the checkpoints of both. The process
-    that knows writes what came out for `read`."""
+    """In every layout: stock and swapped from the start, and each of them from the checkpoints of both; under expert
+    parallelism with our exchange too ("dispatch"). The process that knows writes what came out for `read`."""
     cpu.apply()
     tokens = root / "tokens.bin"
     stock_save = Checkpoints.save
@@ -113,10 +115,13 @@ def matrix(model: str, layouts: dict[str, list[str]], root: Path) -> None:
     Checkpoints.save = save  # type: ignore[method-assign,assignment]
     for layout, overrides in layouts.items():
         found: dict[str, Run | None] = {}
-        for choice in ("stock", "flashmoe"):
+        choices = [("flashmoe", "flashmoe"), ("flashmoe", "stock"), ("stock", "flashmoe")]
+        if "parallel.expert=2" in overrides:
+            choices.append(("dispatch", "dispatch"))
+        for choice in {name: None for name, _ in [("stock", ""), *choices]}:
             folder = root / layout / choice
             found[choice] = _one(model, choice, folder, tokens, [*overrides, "checkpoint.every=4"])
-        for choice, saved in (("flashmoe", "flashmoe"), ("flashmoe", "stock"), ("stock", "flashmoe")):
+        for choice, saved in choices:
             folder = root / layout / f"{choice} from {saved}"
             if dist.get_rank() == 0:
                 shutil.copytree(root / layout / saved / "checkpoint/step-4", folder / "checkpoint/step-4")
@@ -128,11 +133,20 @@ def matrix(model: str, layouts: dict[str, list[str]], root: Path) -> None:
 
 
 def _one(model: str, choice: str, folder: Path, tokens: Path, overrides: list[str]) -> Run | None:
+    if choice == "dispatch":
+        return train(recipe_of(model, folder, tokens, *overrides, "swap.dispatch=flashmoe"), _check_exchange)
     if model != "mla" or choice == "flashmoe":
         swap = [f"swap.attention={choice}", f"swap.moe={choice}"]
         return train(recipe_of(model, folder, tokens, *overrides, *swap))
     with mock.patch.object(attention, "FlashMoEAttention", stock_latent()):
         return train(recipe_of(model, folder, tokens, *overrides, "swap.moe=stock"))
+
+
+def _check_exchange(trainer: runner.Trainer) -> None:
+    """Tokens took the way that the recipe says."""
+    experts = [module for module in trainer.model.modules() if isinstance(module, FlashMoEExperts)]
+    (exchange,) = exchanges._exchanges.values()
+    assert exchange.layers == [module.layer for module in experts] and not exchange.lost.any()
 
 
 def stock_latent() -> type:

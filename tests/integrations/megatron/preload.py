@@ -9,5 +9,5 @@ except UsageError:
     pass
 else:
     import flashmoe_train.integrations.megatron.attention
-    import flashmoe_train.integrations.megatron.experts
+    import flashmoe_train.integrations.megatron.layer
     import flashmoe_train.integrations.megatron.runner  # noqa: F401

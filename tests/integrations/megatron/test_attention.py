@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -81,12 +82,20 @@ def test_masks_and_windows() -> None:
     narrow = config(window_size=(3, 0), window_attn_skip_freq=2)
     same(build(narrow)(q, k, v, None), defined(q, k, v, DIM**-0.5, causal(SEQ, 3)), qkv)
     same(build(narrow, layer=2)(q, k, v, None), defined(q, k, v, DIM**-0.5, causal(SEQ)), qkv)
-    scaled = build(config(apply_query_key_layer_scaling=True), layer=2, softmax_scale=0.5)
-    same(scaled(q, k, v, None), defined(q, k, v, 0.25, causal(SEQ)), qkv)
     with pytest.raises(UsageError, match=r"attn_mask_type of causal, padding_causal, no_mask, found padding"):
         build()(q, k, v, None, attn_mask_type=AttnMaskType.padding)
     with pytest.raises(UsageError, match="attention_bias"):
         build()(q, k, v, None, attention_bias=torch.zeros(1))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("options", [{}, {"apply_query_key_layer_scaling": True}, {"window_size": (3, 0)}])
+def test_computes_as_stock(options: dict[str, Any]) -> None:
+    """Layer scaling divides before the softmax and multiplies within it: it is for float16's range alone."""
+    given, qkv = config(**options), mixed(SEQ, BATCH)
+    stock = DotProductAttention(given, 2, AttnMaskType.causal, "self")
+    wanted = stock(*split(qkv), ~causal(SEQ)[None, None], attn_mask_type=AttnMaskType.causal)
+    same(build(given, layer=2)(*split(qkv), None), wanted, qkv)
 
 
 def test_values_of_another_dim_than_keys() -> None:

@@ -1,6 +1,7 @@
 """Swapped experts and mixture-of-experts layers against Megatron's own, one process."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from torch import Tensor
 
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.megatron import compat
-from flashmoe_train.integrations.megatron.experts import FlashMoEExperts, FlashMoELayer, LocalDispatcher
+from flashmoe_train.integrations.megatron.experts import FlashMoEExperts
+from flashmoe_train.integrations.megatron.layer import FlashMoELayer, LocalDispatcher
 from flashmoe_train.ops.moe import WeightGradients, moe_rows
+
+from . import grouped_linear
 
 EXPERTS, DIM, TOKENS = 4, 16, 24
 
@@ -110,30 +114,60 @@ def test_state_dict_is_stocks() -> None:
         ours.load_state_dict({name: x for name, x in found.items() if "experts.1." not in name})
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_distributed_checkpoints_have_stocks_shards(apart: bool) -> None:
+def shards(experts: Any, apart: bool) -> dict[tuple, Tensor | None]:
+    """What it gives to a distributed checkpoint: key, shapes and places of every shard."""
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
     groups = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    shards = []
-    for experts in both():
-        state = experts.sharded_state_dict(
-            "mlp.", ((0, 1, 3),), {"singleton_local_shards": apart, "dp_cp_group": groups}
-        )
-        apply_factories(state)
-        flat = [x for value in state.values() for x in (value if isinstance(value, list) else [value])]
-        flat = [y for x in flat for y in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else [x])]
-        shards.append(
-            {
-                (x.key, x.global_shape, x.global_offset, x.replica_id): x.data if isinstance(x, ShardedTensor) else None
-                for x in flat
-                if isinstance(x, ShardedTensor | ShardedObject)
-            }
-        )
-    stock, ours = shards
+    state = experts.sharded_state_dict("mlp.", ((0, 1, 3),), {"singleton_local_shards": apart, "dp_cp_group": groups})
+    apply_factories(state)
+    flat = [x for value in state.values() for x in (value if isinstance(value, list) else [value])]
+    flat = [y for x in flat for y in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else [x])]
+    return {
+        (x.key, x.global_shape, x.global_offset, x.replica_id): x.data if isinstance(x, ShardedTensor) else None
+        for x in flat
+        if isinstance(x, ShardedTensor | ShardedObject)
+    }
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_distributed_checkpoints_have_stocks_shards(apart: bool) -> None:
+    stock, ours = (shards(experts, apart) for experts in both())
     assert ours.keys() == stock.keys() and len(ours) == EXPERTS * 5
     assert all(x is None or torch.equal(ours[key], x) for key, x in stock.items())
+
+
+class Group(NamedTuple):
+    """Of processes, as far as checkpoints ask."""
+
+    of_rank: int
+    of_size: int
+
+    def rank(self) -> int:
+        return self.of_rank
+
+    def size(self) -> int:
+        return self.of_size
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    "expert, tensor, data", [((0, 1), (0, 1), (0, 1)), ((1, 2), (0, 1), (2, 3)), ((2, 3), (1, 2), (0, 1))]
+)
+def test_distributed_checkpoints_have_the_shards_of_grouped_experts(
+    expert: tuple, tensor: tuple, data: tuple, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TEGroupedMLP's, by its own code, wherever a process is."""
+    stock, ours = both()
+    groups = SimpleNamespace(ep=Group(*expert), expt_tp=Group(*tensor), expt_dp=Group(*data))
+    ours.ep_group, ours.tp_group, ours.dp_group = groups.ep, groups.expt_tp, groups.expt_dp
+    weights = [(expert.linear_fc1.weight, expert.linear_fc2.weight) for expert in stock.local_experts]
+    module = grouped_linear.load(monkeypatch)
+    grouped = shards(grouped_linear.experts(module, config(), groups, weights), apart)
+    found = shards(ours, apart)
+    assert found.keys() == grouped.keys() and len(found) == EXPERTS * 5
+    assert all(x is None or torch.equal(found[key], x) for key, x in grouped.items())
 
 
 def test_gradients_of_several_turns_are_summed_in_float32() -> None:
@@ -218,6 +252,7 @@ def test_tokens_that_lost_an_expert() -> None:
     tokens, weights = dispatcher.dispatch_preprocess(torch.randn(3, 1, DIM), routing_map, probs)
     assert tokens.shape == (3, DIM) and dispatcher.ids.tolist() == [[0, 3], [0, -1], [-1, -1]]
     assert torch.equal(weights[dispatcher.ids >= 0], probs[routing_map])
+    assert dispatcher.get_expert_zero_copy_buffers() == (None, None)  # later versions ask
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ slow = pytest.mark.slow
 def test_swapped_equals_stock(model: str, world_size: int, layouts: dict[str, list[str]], tmp_path: Path) -> None:
     jobs.write_tokens(tmp_path)
     processes.run(jobs.matrix, model, layouts, tmp_path, processes=world_size)
-    for layout in layouts:
+    for layout, overrides in layouts.items():
         found = jobs.read(tmp_path, layout)
         stock, swapped = found["stock"], found["flashmoe"]
         assert len(stock.losses) == jobs.STEPS and stock.losses[-1] < stock.losses[0] - 0.3, f"{layout}: {stock}"
@@ -43,6 +43,11 @@ def test_swapped_equals_stock(model: str, world_size: int, layouts: dict[str, li
         assert difference <= 1e-5, f"{layout}: {stock}, {swapped}"
         torch.testing.assert_close(swapped.grad_norms, stock.grad_norms, rtol=1e-4, atol=0)
         half = jobs.STEPS // 2
+        if EP2[0] in overrides:
+            ours = found["dispatch"]
+            torch.testing.assert_close(ours.losses, stock.losses, rtol=0, atol=1e-5)
+            torch.testing.assert_close(ours.grad_norms, stock.grad_norms, rtol=1e-4, atol=0)
+            assert found["dispatch from dispatch"] == jobs.Run(ours.losses[half:], ours.grad_norms[half:])
         assert found["flashmoe from flashmoe"].losses == swapped.losses[half:], f"{layout}: not bit by bit"
         assert found["flashmoe from flashmoe"].grad_norms == swapped.grad_norms[half:]
         for other in ("flashmoe from stock", "stock from flashmoe"):

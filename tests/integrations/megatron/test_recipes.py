@@ -12,6 +12,11 @@ from flashmoe_train.integrations.megatron import recipes
 from flashmoe_train.integrations.megatron.explain import explain
 
 NAME = "megatron_moe_debug"
+DISPATCH = ("swap.dispatch=flashmoe", "parallel.expert=2")
+SHARED = "megatron.moe_shared_expert_intermediate_size=32"
+FACTOR = "megatron.moe_expert_capacity_factor=1.0"
+OVERLAP = ("megatron.overlap_moe_expert_parallel_comm=true", "training.precision=bfloat16")
+TENSOR = "megatron.expert_tensor_parallel_size=2"
 
 
 def plan(*overrides: str, processes: int = 1, name: str = NAME) -> recipes.Plan:
@@ -52,6 +57,17 @@ def test_experts_over_as_many_processes_as_divide_them() -> None:
     assert plan("parallel.expert=1", "parallel.tensor=2", processes=2).config.expert_tensor_parallel_size == 2
     alone = plan("model.moe.norm_topk_prob=false")
     assert alone.config.moe_router_pre_softmax and alone.layout.expert == 1
+
+
+def test_experts_by_our_exchange() -> None:
+    given = (*DISPATCH, "parallel.tensor=2", "training.micro_batch_size=2", "swap.dispatch_capacity=1.5")
+    found = plan(*given, processes=4).sharing
+    assert found is not None and (found.tokens, found.capacity) == (2 * 128 // 2, 1.5)
+    assert plan("swap.dispatch=flashmoe", "parallel.expert=1").sharing is None and plan(processes=2).sharing is None
+    explained = explain(recipe.load(NAME, given), 4)
+    assert explained.processes == (
+        "4: data 2 × tensor 2; experts over 2, by our exchange of at most 128 tokens from each"
+    )
 
 
 @pytest.mark.parametrize("name, latent", [("deepseek_v3_16b", True), ("llama3_8b", False), ("qwen3_30b_a3b", False)])
@@ -99,12 +115,20 @@ def test_explains_where_everything_is_from() -> None:
         (("megatron.sequence_parallel=false", "parallel.tensor=2"), 2, "Megatron needs it for experts"),
         (("megatron.expert_tensor_parallel_size=1", "parallel.tensor=2", "parallel.expert=1"), 2, "drift apart"),
         (("training.steps=4",), 1, r"warmup_steps = 4 must be less than Megatron's 4 steps of decay"),
-        (("swap.dispatch=flashmoe",), 2, r'\[swap\] dispatch = "flashmoe": recipes of Megatron do not have it yet'),
+        (("swap.dispatch=flashmoe", "swap.moe=stock"), 2, r'\[swap\] dispatch = "flashmoe" .* needs moe = "flashmoe"'),
+        (
+            (*DISPATCH, "megatron.expert_tensor_parallel_size=2", "parallel.tensor=2"),
+            4,
+            "expert_tensor_parallel_size = 2",
+        ),
+        ((*DISPATCH, "megatron.moe_token_dispatcher_type=flex"), 2, "it is another exchange"),
+        ((*DISPATCH, "megatron.moe_shared_expert_overlap=true", SHARED), 2, "moe_shared_expert_overlap"),
+        ((*DISPATCH, "megatron.moe_pad_expert_input_to_capacity=true", FACTOR), 2, "it does not pad experts"),
+        ((*DISPATCH, "megatron.delay_wgrad_compute=true", *OVERLAP), 2, "delay_wgrad_compute"),
         (("training.compile=true",), 1, r"\[training\] compile: recipes of Megatron do not have it yet"),
         (("parallel.context=2",), 2, r"\[parallel\] context: recipes of Megatron"),
         (("parallel.replicate=2",), 2, r"\[parallel\] replicate: recipes of Megatron"),
         (("data.document_masks=true",), 1, r"\[data\] document_masks: recipes of Megatron"),
-        (("checkpoint.asynchronous=true",), 1, r"\[checkpoint\] asynchronous: recipes of Megatron"),
         (("checkpoint.start_from=nowhere",), 1, "start_from = 'nowhere': no such folder"),
         (("parallel.tensor=3",), 3, r"tensor = 3 does not divide \[model\] num_attention_heads \(4\)"),
         (("parallel.pipeline=3",), 3, "pipeline = 3 does not divide the 4 layers"),

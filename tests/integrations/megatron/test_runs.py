@@ -1,15 +1,18 @@
 """Recipes of Megatron from end to end: the shipped one as a user starts it, work that is kept, validation."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from flashmoe_train import recipe
 from flashmoe_train.compare import compare
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.megatron import checkpoints, compat, runner
+from flashmoe_train.integrations.megatron.checkpoints import Checkpoints
 from flashmoe_train.monitor import new_console
 from flashmoe_train.schema import Swap
 
@@ -111,3 +114,33 @@ def _saves_the_last_step(root: Path) -> None:
 def test_weights_are_saved_as_the_last_step_left_them(tmp_path: Path) -> None:
     jobs.write_tokens(tmp_path)
     processes.run(_saves_the_last_step, tmp_path)
+
+
+def _resumes_from_what_was_written_meanwhile(root: Path) -> None:
+    """While a checkpoint is written the next steps change the weights that it is of."""
+    tokens, found = root / "tokens.bin", list[jobs.Run | None]()
+    given = ["training.micro_batch_size=2", "checkpoint.asynchronous=true"]
+    started: list[int] = []
+    save = Checkpoints.save
+
+    def started_only(self: Checkpoints, step: int) -> None:
+        save(self, step)
+        started.append(step)
+        assert self.writing is not None and self.writing.get_num_unfinalized_calls() == 1
+        assert not (self.folder / f"step-{step}").exists()
+
+    Checkpoints.save = started_only  # type: ignore[method-assign]
+    found.append(jobs.train(jobs.recipe_of("moe", root / "whole", tokens, *given, "checkpoint.every=4")))
+    assert started == [4, 8]
+    if dist.get_rank() == 0:
+        shutil.copytree(root / "whole/checkpoint/step-4", root / "again/checkpoint/step-4")
+    dist.barrier()
+    found.append(jobs.train(jobs.recipe_of("moe", root / "again", tokens, *given, "checkpoint.keep=2")))
+    if found[0] is not None and found[1] is not None:
+        assert found[1] == jobs.Run(found[0].losses[4:], found[0].grad_norms[4:])
+
+
+def test_asynchronous_checkpoints(tmp_path: Path) -> None:
+    jobs.write_tokens(tmp_path)
+    processes.run(_resumes_from_what_was_written_meanwhile, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "whole/checkpoint").iterdir()) == ["step-4", "step-8"]

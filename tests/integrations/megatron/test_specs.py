@@ -15,9 +15,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.exchanges import Sharing
 from flashmoe_train.integrations.megatron import specs, swap
 from flashmoe_train.integrations.megatron.attention import FlashMoEAttention
-from flashmoe_train.integrations.megatron.experts import FlashMoEExperts, FlashMoELayer
+from flashmoe_train.integrations.megatron.experts import FlashMoEExperts
+from flashmoe_train.integrations.megatron.layer import FlashMoELayer
 from flashmoe_train.integrations.megatron.norm import Norm
 
 
@@ -111,12 +113,19 @@ def test_specifications_by_partial() -> None:
     spec.submodules.mlp = functools.partial(MoELayer, submodules=spec.submodules.mlp.submodules)
     mlp = swap(spec, with_experts()).submodules.mlp
     assert mlp.func is FlashMoELayer and mlp.keywords["submodules"].experts is FlashMoEExperts
+    assert "sharing" not in mlp.keywords
+    mlp = swap(spec, with_experts(expert_model_parallel_size=2), dispatch="flashmoe", dispatch_tokens=8).submodules.mlp
+    assert mlp.keywords["sharing"] == Sharing(8, None)
 
 
 def test_mistakes_are_named() -> None:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     with pytest.raises(UsageError, match="attention must be one of 'flashmoe', 'stock', found 'flash'"):
         swap(spec, config(), attention="flash")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r'dispatch = "flashmoe" .* needs moe = "flashmoe", found "stock"'):
+        swap(spec, config(), moe="stock", dispatch="flashmoe")
+    with pytest.raises(UsageError, match='found 0 with dispatch = "flashmoe"'):
+        swap(spec, config(), dispatch="flashmoe", dispatch_tokens=0)
     with pytest.raises(UsageError, match="found MLP"):
         swap(spec.submodules.mlp, config())
     with pytest.raises(UsageError, match="nothing was swapped"):

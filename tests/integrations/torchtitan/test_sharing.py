@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch.optim import AdamW, Optimizer
 
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan.sharing import MOST_SKIPPED, Overflows, Sharing, forget
+from flashmoe_train.integrations.exchanges import MOST_SKIPPED, Sharing, forget
+from flashmoe_train.integrations.torchtitan.sharing import Overflows
 from flashmoe_train.ops.expert_parallel import routed_experts
 
 from ... import processes
@@ -37,7 +38,7 @@ def check(options: dict[str, bool]) -> None:
     assert shared.exchange(dist.group.WORLD, E, D, K, torch.float32, torch.device("cpu")) is exchange
     parameters = [torch.nn.Parameter(torch.randn(s)) for s in ((2, N, D), (2, D, N), (2, N, D))]
     optimizers, said = Optimizers(parameters, **options), []
-    overflows = Overflows(Optimizers, 1.0, "dispatch_capacity", said.append)
+    overflows = Overflows(Optimizers, 1.0, "dispatch_capacity", torch.device("cpu"), said.append)
     even = torch.arange(TOKENS * K).view(TOKENS, K) % E
 
     def step(ids: torch.Tensor, layer: str) -> bool:

@@ -16,10 +16,11 @@ from torchtitan.models.llama4.infra import parallelize
 from torchtitan.tools.logging import logger
 
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.exchanges import Sharing, forget
 from flashmoe_train.integrations.torchtitan.config import FlashMoE
 from flashmoe_train.integrations.torchtitan.converters import compat
 from flashmoe_train.integrations.torchtitan.converters.moe import FlashMoEReorderer, FlashMoESharedExperts
-from flashmoe_train.integrations.torchtitan.sharing import Overflows, Sharing, forget
+from flashmoe_train.integrations.torchtitan.sharing import Overflows
 from flashmoe_train.ops.expert_parallel import ExchangeCase, supports
 from flashmoe_train.ops.library import capability
 
@@ -91,6 +92,7 @@ def prepare(model: nn.Module, job_config: Any, parallel_dims: Any, choices: Flas
         OptimizersContainer,
         choices.dispatch_capacity,
         "[flashmoe] dispatch_capacity ([swap] in a recipe)",
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         logger.warning,
     )
     shared = Sharing(

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torchtitan.models.moe.moe import GroupedExperts, MoE, TokenReorderer
 
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.exchanges import Sharing
 from flashmoe_train.integrations.torchtitan.core import experts_over_ranks, routed_experts
-from flashmoe_train.integrations.torchtitan.sharing import Sharing
 from flashmoe_train.ops.moe import moe_combine, moe_permute
 from flashmoe_train.ops.moe.rows import inverse
 from flashmoe_train.swap import Swap
