@@ -102,7 +102,9 @@ def swap_check(
 def bench(
     subject: Annotated[
         str,
-        typer.Argument(help="attention, moe, expert-parallel, transformers, train; or one bench, such as moe_parts."),
+        typer.Argument(
+            help="attention, moe, expert-parallel, transformers, train, profile; or one bench, such as moe_parts."
+        ),
     ],
     cases: Annotated[
         str | None,

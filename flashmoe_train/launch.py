@@ -63,13 +63,18 @@ def train(recipe: Recipe, processes: int, *, allow_fallback: bool, show: bool) -
     folder = Path(str(recipe.folder))
     folder.mkdir(parents=True, exist_ok=True)
     write(recipe, folder / "recipe.toml")
-    command = [sys.executable, "-m", "flashmoe_train.cli", "train", str(folder / "recipe.toml")]
-    command += [f"--processes={processes}", *["--allow-fallback"] * allow_fallback]
+    arguments = ["flashmoe_train.cli", "train", str(folder / "recipe.toml"), f"--processes={processes}"]
+    run([*arguments, *["--allow-fallback"] * allow_fallback], show=show)
+    summary = folder / "summary.json"
+    return json.loads(summary.read_text()) if summary.exists() else {}
+
+
+def run(module: list[str], *, show: bool) -> None:
+    """Runs `python -m` with these arguments. Raises RunError if it fails."""
+    command = [sys.executable, "-m", *module]
     if show:
         done: subprocess.CompletedProcess[str] = subprocess.run(command, text=True)
     else:
         done = subprocess.run(command, text=True, capture_output=True)
     if done.returncode != 0:
         raise RunError(reason(done.stdout or "", done.stderr or "") or f"ended with {done.returncode}")
-    summary = folder / "summary.json"
-    return json.loads(summary.read_text()) if summary.exists() else {}

@@ -18,14 +18,14 @@ import torch
 from flashmoe_train import launch
 from flashmoe_train import recipe as recipes
 from flashmoe_train.bench.measure import Bench, path
-from flashmoe_train.bench.results import OURS, Row
+from flashmoe_train.bench.results import EVERYBODY, OURS, Row
 from flashmoe_train.bench.timing import Stopwatch
 from flashmoe_train.compare import CHOICES, Run
 from flashmoe_train.errors import UsageError
 from flashmoe_train.ops import attention, moe
 from flashmoe_train.ops.library import capability
 from flashmoe_train.recipe import with_swap
-from flashmoe_train.schema import Choice
+from flashmoe_train.schema import Checkpoint, Choice, Recipe
 
 AGAIN = "stock_again"
 
@@ -54,12 +54,15 @@ class TrainBench(Bench):
         if any(Bench.matching(bench, pattern) for bench in BENCHES):
             return ()
         framework = recipes.load(pattern).framework  # or there is no such recipe
-        return (Case(pattern, launch.default_processes()),) if self.name == f"train_{framework}" else ()
+        return (self.of_recipe(pattern),) if self.name.endswith(f"_{framework}") else ()
+
+    def of_recipe(self, recipe: str) -> Case:
+        return Case(recipe, launch.default_processes())
 
     def measure(self, case: Case, stopwatch: Stopwatch) -> Row:
-        if stopwatch.device.type == "cpu" and torch.cuda.is_available():
-            raise UsageError("a recipe trains on this machine's GPUs: --device cpu is not possible here")
-        row = Row(case=case.as_json(), label=case.label, flashmoe_path=_path(stopwatch.device.type))
+        row = empty_row(case, stopwatch.device.type)
+        if row.skipped:
+            return row
         losses = dict[str, list[float]]()
         runs: dict[str, Choice] = {choice: choice for choice in CHOICES}
         if case.again:
@@ -83,13 +86,35 @@ class TrainBench(Bench):
         return row.model_copy(update=measured)
 
 
+def empty_row(case: Case, device_type: str) -> Row:
+    """Raises UsageError where the case cannot be measured on that device."""
+    if device_type == "cpu" and torch.cuda.is_available():
+        raise UsageError("a recipe trains on this machine's GPUs: --device cpu is not possible here")
+    row = Row(case=case.as_json(), label=case.label, flashmoe_path=path_of_kernels(device_type))
+    if device_type == "cuda" and torch.cuda.device_count() < case.gpus:
+        row.skipped[EVERYBODY] = f"needs {case.gpus} GPUs, here are {torch.cuda.device_count()}"
+    return row
+
+
 def _train(case: Case, choice: Choice) -> Run:
-    recipe = recipes.load(case.recipe, case.overrides)
     with tempfile.TemporaryDirectory() as folder:
-        return Run.of(launch.train(with_swap(recipe, choice, folder), case.gpus, allow_fallback=True, show=False))
+        recipe = recipe_as_measured(case, choice, folder)
+        return Run.of(launch.train(recipe, case.gpus, allow_fallback=True, show=False))
 
 
-def _path(device_type: str) -> str:
+def recipe_as_measured(case: Case, choice: Choice, folder: str) -> Recipe:
+    """The case's recipe as it is measured: every step is logged, and no checkpoint is written, which for large models
+    takes longer than the steps."""
+    recipe = with_swap(recipes.load(case.recipe, case.overrides), choice, folder)
+    start = recipe.checkpoint.start_from
+    changes: dict[str, Any] = {"checkpoint": Checkpoint() if start is None else Checkpoint(start_from=start)}
+    if recipe.framework == "torchtitan":
+        metrics = recipe.torchtitan.get("metrics", {}) | {"log_freq": 1}
+        changes["torchtitan"] = recipe.torchtitan | {"metrics": metrics}
+    return recipe.model_copy(update=changes)
+
+
+def path_of_kernels(device_type: str) -> str:
     attention_case = attention.AttentionCase(device_type, capability(device_type), torch.bfloat16, 128, 128)
     moe_case = moe.MoECase(device_type, capability(device_type), torch.bfloat16, 2048, 1024, 64)
     return path(attention.supports(attention_case) or moe.supports(moe_case), device_type)
