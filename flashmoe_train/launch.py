@@ -20,18 +20,23 @@ def default_processes() -> int:
     return torch.cuda.device_count() or 2
 
 
-def torchrun(arguments: list[str], processes: int) -> None:
-    """Runs `-m flashmoe_train.train` with these arguments on every process; ends this process if one of them fails."""
+def torchrun(arguments: list[str], processes: int, restarts: int = 0) -> None:
+    """Runs `-m flashmoe_train.train` with these arguments on every process. If one of them fails, torchrun ends the
+    others and starts all again, at most `restarts` times; then this process ends too."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     # torchrun would set one thread for each of several processes: share the cores out instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    if restarts:
+        # In torchrun's own store new processes would find what dead ones have left, such as where their memory is.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # A process that fails prints its own error; torchrun's reports of it would bury that.
     for module in ("api", "errors.error_handler"):
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{module}").setLevel(logging.CRITICAL)
     try:
-        main(["--standalone", f"--nproc-per-node={processes}", "-m", "flashmoe_train.train", *arguments])
+        options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+        main([*options, "-m", "flashmoe_train.train", *arguments])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
