@@ -147,6 +147,8 @@ def test_keys_without_effect_are_refused(recipe_text: str, text: str, tmp_path: 
         ("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12",), 12 + 2 * 12),
         ("llama3_8b_4gpu", 4, (), 32),
         ("llama3_8b_4gpu", 2, (), 32),
+        ("llama3_8b_32k_4gpu", 4, (), 32),
+        ("llama3_8b_32k_4gpu", 2, ("parallel.context=2",), 32),
     ],
 )
 def test_large_recipes_fit_their_processes(
@@ -158,8 +160,8 @@ def test_large_recipes_fit_their_processes(
     )
     found = explain(recipe.load(name, overrides), processes)
     assert sum(row[3] for row in found.swaps.summary()) == swapped
-    shares = f"experts over {min(processes, 8)}" if "llama" not in name else f"FSDP {processes}"
-    assert shares in found.processes
+    kind = "context" if "32k" in name else "FSDP" if "llama" in name else "experts over"
+    assert f"{kind} {min(processes, 8)}" in found.processes
 
 
 def test_the_same_value_twice_is_no_contradiction() -> None:
