@@ -23,7 +23,7 @@ from flashmoe_train.recipe import write
 from flashmoe_train.schema import Choice
 
 STEPS = f"training.steps={WARMUP + 7 + UNTIMED}"
-MOST_KERNELS = 12  # of each, in a table
+MOST_KERNELS, WIDEST = 12, 72  # of each, in a table; characters of a name
 
 
 class ProfileBench(TrainBench):
@@ -49,7 +49,7 @@ class ProfileBench(TrainBench):
     def tables(self, row: Row) -> Iterator[tuple[str, list[list[str]]]]:
         profiles = (row.model_extra or {}).get("profile") or {}
         if profiles:
-            yield f"{row.label}: where a step goes, in ms (of it hidden behind computation)", _steps(profiles)
+            yield f"{row.label}: where a step goes, in ms (of it hidden behind computation)", _steps(row, profiles)
             yield f"{row.label}: heaviest kernels", _kernels(profiles)
 
 
@@ -67,7 +67,7 @@ def _traced(case: Case, choice: Choice) -> tuple[Run, dict[str, Any]]:
         return Run.of(summary), found
 
 
-def _steps(profiles: dict[str, Any]) -> list[list[str]]:
+def _steps(row: Row, profiles: dict[str, Any]) -> list[list[str]]:
     """A line for every part; the times that are not hidden and the idle time add up to the traced step."""
     lines = [["", *profiles]]
     for part in trace.PARTS:
@@ -77,6 +77,10 @@ def _steps(profiles: dict[str, Any]) -> list[list[str]]:
     idle = (profile["traced_ms"] - profile["busy_ms"] for profile in profiles.values())
     lines.append(["nothing at work", *(f"{ms:.1f}" for ms in idle)])
     lines.append(["traced step", *(f"{profile['traced_ms']:.1f}" for profile in profiles.values())])
+    lines.append(["other steps, median", *(f"{row.ms[choice]:.1f}" for choice in profiles)])
+    lines.append(["tokens/s per device", *(f"{row.tokens_per_s_per_gpu[choice]:,.0f}" for choice in profiles)])
+    if any(row.peak_gib.values()):  # CPUs have none
+        lines.append(["peak memory, GiB", *(f"{row.peak_gib[choice]:.1f}" for choice in profiles)])
     launches = (sum(part["launches"] for part in profile["parts"].values()) for profile in profiles.values())
     lines.append(["kernels, copies and fills launched", *(f"{count:,.0f}" for count in launches)])
     for wait in trace.WAITS:
@@ -98,7 +102,8 @@ def _kernels(profiles: dict[str, Any]) -> list[list[str]]:
         for kernel in profile["kernels"][:MOST_KERNELS]:
             launches, ms = f"{kernel['launches']:,}", f"{kernel['ms']:.1f}"
             # Quoted, or Markdown would take <T> for HTML.
-            lines.append([f"`{kernel['name']}`", choice, kernel["part"], launches, ms])
+            name = kernel["name"] if len(kernel["name"]) <= WIDEST else f"{kernel['name'][:WIDEST]}…"
+            lines.append([f"`{name}`", choice, kernel["part"], launches, ms])
     return lines
 
 

@@ -140,6 +140,7 @@ BENCHES = (
             Case("deepseek_v3_16b_4gpu", 4, (_EXCHANGE, *_LOSSES), again=True, other_seed=True),
             Case("qwen3_30b_24layers_4gpu", 4, (_EXCHANGE, *_LOSSES), again=True),
             Case("llama3_8b_4gpu", 4, _LOSSES, again=True),
+            Case("llama3_8b_32k_4gpu", 4, _LOSSES, again=True),
             # Halves of these models on two GPUs, where the memory is that of the parameters.
             Case("deepseek_v3_16b_4gpu", 2, ("model.num_hidden_layers=13", _EXCHANGE, *_LOSSES), again=True),
             Case("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12", _EXCHANGE, *_LOSSES), again=True),

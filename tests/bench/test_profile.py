@@ -44,6 +44,9 @@ def test_tables_of_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         ["exchange", "9.0 (4.0)"],
         ["nothing at work", "15.0"],
         ["traced step", "50.0"],
+        ["other steps, median", "48.0"],
+        ["tokens/s per device", "100"],
+        ["peak memory, GiB", "1.0"],
         ["kernels, copies and fills launched", "3"],
         ["stream, event or device awaited", "7"],
     ]
