@@ -8,6 +8,7 @@ import typer
 
 from flashmoe_train import integrations, launch
 from flashmoe_train import recipe as recipes
+from flashmoe_train.errors import UsageError
 from flashmoe_train.monitor import new_console
 from flashmoe_train.train import AllowFallback, Overrides, Recipe, usage_errors
 
@@ -30,12 +31,19 @@ def train(
     overrides: Overrides = None,
     processes: Processes = None,
     allow_fallback: AllowFallback = False,
+    restarts: Annotated[
+        int, typer.Option(help="Start all processes again if one fails, from the newest checkpoint; so often.", min=0)
+    ] = 0,
 ) -> None:
     """Trains RECIPE on this machine, under torchrun."""
     with usage_errors():
-        recipes.load(recipe, overrides or [])
+        loaded = recipes.load(recipe, overrides or [])
+        if restarts and not (loaded.checkpoint.every or loaded.torchtitan.get("checkpoint", {}).get("enable")):
+            raise UsageError(
+                f"--restarts {restarts}: without checkpoints a run would begin anew; say [checkpoint] every, found none"
+            )
     arguments = [recipe, *(overrides or []), *["--allow-fallback"] * allow_fallback]
-    launch.torchrun(arguments, processes or launch.default_processes())
+    launch.torchrun(arguments, processes or launch.default_processes(), restarts)
 
 
 @app.command()
@@ -102,7 +110,9 @@ def swap_check(
 def bench(
     subject: Annotated[
         str,
-        typer.Argument(help="attention, moe, expert-parallel, transformers, train; or one bench, such as moe_parts."),
+        typer.Argument(
+            help="attention, moe, expert-parallel, transformers, train, profile; or one bench, such as moe_parts."
+        ),
     ],
     cases: Annotated[
         str | None,

@@ -19,7 +19,7 @@ import torch
 
 from flashmoe_train import support
 from flashmoe_train.bench import by_name, hopper, report, utilisation
-from flashmoe_train.bench.results import OURS, read
+from flashmoe_train.bench.results import OURS, Results, read
 from flashmoe_train.bench.variants.run import Measured, matrix, rate_unit
 from flashmoe_train.compare import draw
 
@@ -80,13 +80,26 @@ def _results(root: Path, name: str, pattern: str) -> str:
         unit = utilisation.UNIT
     else:
         bench = by_name()[results.bench]
+        if found := [table for row in rows for table in bench.tables(row)]:
+            text = "\n".join(f"{title}\n\n{_lines([*_ruled(table)])}" for title, table in found)
+            return f"{text}\n{_note(results)}\n"
         heading, *lines = report.grid(bench, rows)
         unit = report.unit(bench)
     shown = [i for i in range(len(heading)) if heading[i] == OURS or any(line[i] != report.NOTHING for line in lines)]
-    table = [[line[i] for i in shown] for line in (heading, ["---"] + ["--:"] * (len(heading) - 1), *lines)]
+    table = [[line[i] for i in shown] for line in _ruled([heading, *lines])]
+    return f"{_lines(table)}\n{unit}; {_note(results)}\n"
+
+
+def _ruled(table: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
+    """With the line that Markdown has below headings: numbers are flush right."""
+    heading, *lines = table
+    yield from (heading, ["---"] + ["--:"] * (len(heading) - 1), *lines)
+
+
+def _note(results: Results) -> str:
+    """Where and how they were measured."""
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items() if name != "flashmoe_train")
-    note = f"{unit}; {results.gpu}, {versions}; commit {results.commit}: `{results.command}`"
-    return f"{_lines(table)}\n{note}\n"
+    return f"{results.gpu}, {versions}; commit {results.commit}: `{results.command}`"
 
 
 def curves(root: Path = ROOT) -> Iterator[tuple[Path, dict[str, list[float]]]]:

@@ -20,18 +20,23 @@ def default_processes() -> int:
     return torch.cuda.device_count() or 2
 
 
-def torchrun(arguments: list[str], processes: int) -> None:
-    """Runs `-m flashmoe_train.train` with these arguments on every process; ends this process if one of them fails."""
+def torchrun(arguments: list[str], processes: int, restarts: int = 0) -> None:
+    """Runs `-m flashmoe_train.train` with these arguments on every process. If one of them fails, torchrun ends the
+    others and starts all again, at most `restarts` times; then this process ends too."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     # torchrun would set one thread for each of several processes: share the cores out instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    if restarts:
+        # In torchrun's own store new processes would find what dead ones have left, such as where their memory is.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # A process that fails prints its own error; torchrun's reports of it would bury that.
     for module in ("api", "errors.error_handler"):
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{module}").setLevel(logging.CRITICAL)
     try:
-        main(["--standalone", f"--nproc-per-node={processes}", "-m", "flashmoe_train.train", *arguments])
+        options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+        main([*options, "-m", "flashmoe_train.train", *arguments])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
@@ -63,13 +68,18 @@ def train(recipe: Recipe, processes: int, *, allow_fallback: bool, show: bool) -
     folder = Path(str(recipe.folder))
     folder.mkdir(parents=True, exist_ok=True)
     write(recipe, folder / "recipe.toml")
-    command = [sys.executable, "-m", "flashmoe_train.cli", "train", str(folder / "recipe.toml")]
-    command += [f"--processes={processes}", *["--allow-fallback"] * allow_fallback]
+    arguments = ["flashmoe_train.cli", "train", str(folder / "recipe.toml"), f"--processes={processes}"]
+    run([*arguments, *["--allow-fallback"] * allow_fallback], show=show)
+    summary = folder / "summary.json"
+    return json.loads(summary.read_text()) if summary.exists() else {}
+
+
+def run(module: list[str], *, show: bool) -> None:
+    """Runs `python -m` with these arguments. Raises RunError if it fails."""
+    command = [sys.executable, "-m", *module]
     if show:
         done: subprocess.CompletedProcess[str] = subprocess.run(command, text=True)
     else:
         done = subprocess.run(command, text=True, capture_output=True)
     if done.returncode != 0:
         raise RunError(reason(done.stdout or "", done.stderr or "") or f"ended with {done.returncode}")
-    summary = folder / "summary.json"
-    return json.loads(summary.read_text()) if summary.exists() else {}

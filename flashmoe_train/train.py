@@ -54,13 +54,18 @@ def usage_errors(patience: float = 0.0) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def patience() -> float:
+    """The first process of a run says what is wrong, and the others wait for it."""
+    return 0 if os.environ.get("RANK", "0") == "0" else 20
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def main(recipe: Recipe, overrides: Overrides = None, allow_fallback: AllowFallback = False) -> None:
     """Trains RECIPE on this process of a torchrun job."""
-    with usage_errors(patience=0 if os.environ.get("RANK", "0") == "0" else 20):
+    with usage_errors(patience()):
         train(recipe, overrides or [], allow_fallback)
 
 

@@ -59,7 +59,7 @@ def test_trains_and_reports(tmp_path: Path) -> None:
         (("quickstrat",), "did you mean 'quickstart'"),
         (("quickstart", "steps"), "table.key=value"),
         (("quickstart", "training.stepz=3"), "unknown key [training] stepz"),
-        (("quickstart", "parallel.context=2", "--processes=2"), "context_parallel_degree > 1"),
+        (("quickstart", "parallel.context=3", "--processes=2"), "needs a multiple of 3 processes, found 2"),
         (("quickstart", "model.vocab_size=100", "--processes=1"), "has 258 tokens, the model's vocab_size is 100"),
     ],
 )

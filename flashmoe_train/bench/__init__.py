@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from flashmoe_train.bench import attention, expert_parallel, moe, moe_parts, moe_transformers, report, train
+from flashmoe_train.bench import attention, expert_parallel, moe, moe_parts, moe_transformers, profile, report, train
 from flashmoe_train.bench.measure import Bench, Case
 from flashmoe_train.bench.results import EVERYBODY, OURS, Results, Row, compare, gpu_name, here, read
 from flashmoe_train.bench.timing import Stopwatch
@@ -23,6 +23,7 @@ SUBJECTS: dict[str, tuple[Bench, ...]] = {
     "expert-parallel": expert_parallel.BENCHES,
     "transformers": moe_transformers.BENCHES,
     "train": train.BENCHES,
+    "profile": profile.BENCHES,
 }
 
 

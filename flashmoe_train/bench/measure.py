@@ -69,6 +69,10 @@ class Bench:
     def measure(self, case: Any, stopwatch: Stopwatch) -> Row:
         raise NotImplementedError
 
+    def tables(self, row: Row) -> Iterable[tuple[str, list[list[str]]]]:
+        """What else a row has to show: titles and tables, headings first."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorBench(Bench):

@@ -49,15 +49,22 @@ def unit(bench: Bench) -> str:
 def show(console: Console, bench: Bench, results: Results) -> None:
     """The table; below it what was not run, and how we compare with each baseline in the mean."""
     heading, *lines = grid(bench, results.rows)
-    table = Table(title=f"{bench.title}: {unit(bench)}, {results.gpu}, torch {results.torch}", box=box.SIMPLE)
+    _print(console, f"{bench.title}: {unit(bench)}, {results.gpu}, torch {results.torch}", heading, lines)
+    for row in results.rows:
+        for title, (heading, *lines) in bench.tables(row):
+            _print(console, title, heading, lines)
+    for note in _notes(bench, results):
+        console.print(note, highlight=False, markup=False)
+
+
+def _print(console: Console, title: str, heading: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, box=box.SIMPLE)
     table.add_column(heading[0])
     for name in heading[1:]:
         table.add_column(name, justify="right")
     for line in lines:
         table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in line))
     console.print(table)
-    for note in _notes(bench, results):
-        console.print(note, highlight=False, markup=False)
 
 
 def _cell(row: Row, name: str, bench: Bench) -> str:

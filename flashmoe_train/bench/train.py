@@ -3,12 +3,13 @@ a user would type. Megatron's stock is its own modules, without TransformerEngin
 
 Rows hold, for both, the median time of a step, tokens/s per device, peak memory per device and the loss of every step.
 Cases that train long enough to compare losses train stock once more: its own kernels add in another order each time.
-Their rows also hold how far the two are from the first run of stock, as a mean over the steps.
+Some train it from another seed as well: other first weights, and the same text. Their rows also hold how far all of
+these are from the first run of stock, as a mean over the steps.
 """
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,16 +19,16 @@ import torch
 from flashmoe_train import launch
 from flashmoe_train import recipe as recipes
 from flashmoe_train.bench.measure import Bench, path
-from flashmoe_train.bench.results import OURS, Row
+from flashmoe_train.bench.results import EVERYBODY, Row
 from flashmoe_train.bench.timing import Stopwatch
 from flashmoe_train.compare import CHOICES, Run
 from flashmoe_train.errors import UsageError
 from flashmoe_train.ops import attention, moe
 from flashmoe_train.ops.library import capability
 from flashmoe_train.recipe import with_swap
-from flashmoe_train.schema import Choice
+from flashmoe_train.schema import Checkpoint, Choice, Recipe
 
-AGAIN = "stock_again"
+AGAIN, OTHER_SEED = "stock_again", "stock_other_seed"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Case:
     gpus: int  # processes, where there is no GPU
     overrides: tuple[str, ...] = ()
     again: bool = False  # train stock twice
+    other_seed: bool = False  # train stock from another seed too
 
     @property
     def label(self) -> str:
@@ -54,46 +56,77 @@ class TrainBench(Bench):
         if any(Bench.matching(bench, pattern) for bench in BENCHES):
             return ()
         framework = recipes.load(pattern).framework  # or there is no such recipe
-        return (Case(pattern, launch.default_processes()),) if self.name == f"train_{framework}" else ()
+        return (self.of_recipe(pattern),) if self.name.endswith(f"_{framework}") else ()
+
+    def of_recipe(self, recipe: str) -> Case:
+        return Case(recipe, launch.default_processes())
 
     def measure(self, case: Case, stopwatch: Stopwatch) -> Row:
-        if stopwatch.device.type == "cpu" and torch.cuda.is_available():
-            raise UsageError("a recipe trains on this machine's GPUs: --device cpu is not possible here")
-        row = Row(case=case.as_json(), label=case.label, flashmoe_path=_path(stopwatch.device.type))
+        row = empty_row(case, stopwatch.device.type)
+        if row.skipped:
+            return row
         losses = dict[str, list[float]]()
-        runs: dict[str, Choice] = {choice: choice for choice in CHOICES}
+        runs: dict[str, tuple[Case, Choice]] = {choice: (case, choice) for choice in CHOICES}
         if case.again:
-            runs[AGAIN] = "stock"
-        for name, choice in runs.items():
+            runs[AGAIN] = case, "stock"
+        if case.other_seed:
+            runs[OTHER_SEED] = replace(case, overrides=(*case.overrides, "training.seed=1")), "stock"
+        for name, (of_case, choice) in runs.items():
             try:
-                run = _train(case, choice)
+                run = _train(of_case, choice)
             except launch.RunError as error:
                 row.failed[name] = str(error)
                 continue
             losses[name] = run.losses
-            if name == AGAIN:
+            if name not in CHOICES:
                 continue
             row.ms[name] = run.step_ms
             row.tokens_per_s_per_gpu[name] = run.tokens_per_s
             row.peak_gib[name] = run.peak_gib
         measured: dict[str, Any] = {"loss": losses}
-        if case.again and not row.failed:
-            pairs = {name: [*zip(losses["stock"], losses[name], strict=True)] for name in (OURS, AGAIN)}
+        if len(runs) > len(CHOICES) and not row.failed:
+            pairs = {name: [*zip(losses["stock"], losses[name], strict=True)] for name in runs if name != "stock"}
             measured["from_stock"] = {name: fmean(abs(a - b) for a, b in pair) for name, pair in pairs.items()}
         return row.model_copy(update=measured)
 
 
+def empty_row(case: Case, device_type: str) -> Row:
+    """Raises UsageError where the case cannot be measured on that device."""
+    if device_type == "cpu" and torch.cuda.is_available():
+        raise UsageError("a recipe trains on this machine's GPUs: --device cpu is not possible here")
+    row = Row(case=case.as_json(), label=case.label, flashmoe_path=path_of_kernels(device_type))
+    if device_type == "cuda" and torch.cuda.device_count() < case.gpus:
+        row.skipped[EVERYBODY] = f"needs {case.gpus} GPUs, here are {torch.cuda.device_count()}"
+    return row
+
+
 def _train(case: Case, choice: Choice) -> Run:
-    recipe = recipes.load(case.recipe, case.overrides)
     with tempfile.TemporaryDirectory() as folder:
-        return Run.of(launch.train(with_swap(recipe, choice, folder), case.gpus, allow_fallback=True, show=False))
+        recipe = recipe_as_measured(case, choice, folder)
+        return Run.of(launch.train(recipe, case.gpus, allow_fallback=True, show=False))
 
 
-def _path(device_type: str) -> str:
+def recipe_as_measured(case: Case, choice: Choice, folder: str) -> Recipe:
+    """The case's recipe as it is measured: every step is logged, and no checkpoint is written, which for large models
+    takes longer than the steps."""
+    recipe = with_swap(recipes.load(case.recipe, case.overrides), choice, folder)
+    start = recipe.checkpoint.start_from
+    changes: dict[str, Any] = {"checkpoint": Checkpoint() if start is None else Checkpoint(start_from=start)}
+    if recipe.framework == "torchtitan":
+        metrics = recipe.torchtitan.get("metrics", {}) | {"log_freq": 1}
+        changes["torchtitan"] = recipe.torchtitan | {"metrics": metrics}
+    return recipe.model_copy(update=changes)
+
+
+def path_of_kernels(device_type: str) -> str:
     attention_case = attention.AttentionCase(device_type, capability(device_type), torch.bfloat16, 128, 128)
     moe_case = moe.MoECase(device_type, capability(device_type), torch.bfloat16, 2048, 1024, 64)
     return path(attention.supports(attention_case) or moe.supports(moe_case), device_type)
 
+
+# Long enough to compare losses, for models of which every step takes a second.
+_LOSSES = ("training.steps=100", "training.warmup_steps=20")
+_EXCHANGE = "swap.dispatch=flashmoe"
 
 BENCHES = (
     TrainBench(
@@ -104,6 +137,14 @@ BENCHES = (
             Case("quickstart", launch.default_processes()),
             Case("llama3_debug", 1, ("training.steps=200", "training.seq_len=1024"), again=True),
             Case("llama3_8b_4layers", 1, ("training.global_batch_size=1",), again=True),
+            Case("deepseek_v3_16b_4gpu", 4, (_EXCHANGE, *_LOSSES), again=True, other_seed=True),
+            Case("qwen3_30b_24layers_4gpu", 4, (_EXCHANGE, *_LOSSES), again=True),
+            Case("llama3_8b_4gpu", 4, _LOSSES, again=True),
+            Case("llama3_8b_32k_4gpu", 4, _LOSSES, again=True),
+            # Halves of these models on two GPUs, where the memory is that of the parameters.
+            Case("deepseek_v3_16b_4gpu", 2, ("model.num_hidden_layers=13", _EXCHANGE, *_LOSSES), again=True),
+            Case("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12", _EXCHANGE, *_LOSSES), again=True),
+            Case("llama3_8b_4gpu", 2, _LOSSES, again=True),
         ],
         tiny=[
             Case("quickstart", min(2, launch.default_processes()), ("training.steps=8", "training.validate_steps=1"))

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashmoe_train.bench import by_name, paths, select
+from flashmoe_train.bench.kernel_names import short_name
 from flashmoe_train.bench.measure import Case, OperatorBench, free
 from flashmoe_train.bench.report import NOTHING
 from flashmoe_train.bench.results import OURS, Results, Row, here
@@ -109,49 +110,6 @@ def kernels(output: str) -> list[tuple[str, dict[str, float]]]:
         if metric and (value := metric.read(line["Metric Value"], line["Metric Unit"])) is not None:
             values[metric.key] = value
     return [*found.values()]
-
-
-_SHORT_TYPES = {
-    "__nv_bfloat16": "bf16", "BFloat16": "bf16", "bfloat16_t": "bf16", "__half": "fp16", "Half": "fp16",
-    "half_t": "fp16", "float": "fp32", "double": "fp64",
-}  # fmt: skip
-# Namespaces without a name, as several demanglers say it (ncu loses a bracket), and the types of numbers: (int)64.
-_NOISE = re.compile(r"(?:\(anonymous namespace\)|(?<!\w)<unnamed>|unnamed>|\{anonymous\})::|\([\w: ]+\)(?=-?\d)")
-_MOST_ARGUMENTS = 6
-
-
-def short_name(kernel: str) -> str:
-    """A demangled name without namespaces and parameters, with a line's worth of template arguments.
-
-    If the only one is a template itself, such as `Sizes<bf16, 64>`, the name gets that one's arguments instead.
-    """
-    name, arguments = _template(_NOISE.sub("", kernel).removeprefix("void "))
-    while len(arguments) == 1 and (inner := _template(arguments[0])[1]):
-        arguments = inner
-    shown = [_template(argument)[0] for argument in arguments]
-    shown[_MOST_ARGUMENTS:] = ["…"] * (len(shown) > _MOST_ARGUMENTS)
-    return f"{name}<{', '.join(shown)}>" if shown else name
-
-
-def _template(text: str) -> tuple[str, list[str]]:
-    """("f", ["A<B>", "3"]) of "n::f<A<B>, 3>(int)"."""
-    name = re.split("[<(]", text, maxsplit=1)[0]
-    arguments = _arguments(text[len(name) + 1 :]) if text[len(name) :].startswith("<") else iter(())
-    name = re.sub(r"\w+::", "", name).strip()
-    return _SHORT_TYPES.get(name, name) or text, [*arguments]
-
-
-def _arguments(text: str) -> Iterator[str]:
-    """Of "A<B>, 3>(int)", what follows the bracket."""
-    depth, begin = 1, 0
-    for bracket in re.finditer(r"->|[<([{>)\]},]", text):
-        c = bracket[0]
-        depth += (c in "<([{") - (c in ">)]}")
-        if depth == 0 or (depth == 1 and c == ","):
-            yield text[begin : bracket.start()].strip()
-            begin = bracket.end()
-        if depth == 0:
-            return
 
 
 # ----------------------------------------------------------------------------------------------------------- processes

@@ -188,7 +188,7 @@ def test_gate_finds_files_of_this_machine(tmp_path: Path) -> None:
     [
         (("attentoin",), "did you mean 'attention'"),
         (("moe-partz",), "did you mean 'moe_parts'"),
-        (("xyz",), "there are attention, moe, expert-parallel, transformers, train, attention"),
+        (("xyz",), "there are attention, moe, expert-parallel, transformers, train, profile, attention"),
         (("attention", "--cases", "*nothing*"), "full d64 s1k b16 h32"),
         (("moe", "--json", "x.json"), "one file for 3 benches"),
         (("moe", "--plot", "x.png"), "one file for 3 benches"),

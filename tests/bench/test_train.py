@@ -13,7 +13,12 @@ from flashmoe_train.compare import Run
 from flashmoe_train.documents import ROOT, curves
 
 BENCH, MEGATRON = train.BENCHES
-LOSSES = {"stock": [3.0, 2.0], "flashmoe": [3.1, 2.300001], "stock_again": [3.0, 2.1]}
+LOSSES = {
+    "stock": [3.0, 2.0],
+    "flashmoe": [3.1, 2.300001],
+    "stock_again": [3.0, 2.1],
+    "stock_other_seed": [3.5, 2.5],
+}
 
 
 @pytest.fixture
@@ -21,17 +26,20 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def one(case: train.Case, choice: str) -> Run:
-        names.append("stock_again" if choice in names else choice)
+        other = "stock_other_seed" if "training.seed=1" in case.overrides else "stock_again"
+        names.append(other if choice in names else choice)
         return Run(losses=LOSSES[names[-1]], heldout=None, step_ms=len(names), tokens_per_s=100.0, peak_gib=1.0)
 
     monkeypatch.setattr(train, "_train", one)
     return names
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_stock_once_more_is_the_scale_of_differences(again: bool, trained: list[str], tmp_path: Path) -> None:
-    row = BENCH.measure(train.Case("llama3_debug", 1, again=again), Stopwatch(torch.device("cpu")))
-    assert trained == ["stock", "flashmoe", *["stock_again"] * again]
+@pytest.mark.parametrize("again, seed", [(False, False), (True, False), (True, True)])
+def test_stock_once_more_is_the_scale_of_differences(
+    again: bool, seed: bool, trained: list[str], tmp_path: Path
+) -> None:
+    row = BENCH.measure(train.Case("llama3_debug", 1, again=again, other_seed=seed), Stopwatch(torch.device("cpu")))
+    assert trained == ["stock", "flashmoe", *["stock_again"] * again, *["stock_other_seed"] * seed]
     assert row.ms == {"stock": 1, "flashmoe": 2}  # the second run of stock is no baseline
     results = here("train_torchtitan", "flashmoe bench train", torch.device("cpu"))
     results.rows.append(row)
@@ -39,9 +47,11 @@ def test_stock_once_more_is_the_scale_of_differences(again: bool, trained: list[
     (stored,) = read(tmp_path / "docs/results/gpu/train_torchtitan.json").rows
     extra: dict[str, Any] = stored.model_extra or {}
     assert extra["loss"] == {name: LOSSES[name] for name in trained}
-    assert extra.get("from_stock") == (pytest.approx({"flashmoe": 0.2, "stock_again": 0.05}) if again else None)
+    differences = {"flashmoe": 0.2, "stock_again": 0.05} | ({"stock_other_seed": 0.5} if seed else {})
+    assert extra.get("from_stock") == (pytest.approx(differences) if again else None)
     drawn = [*curves(tmp_path)]
-    assert drawn == ([(tmp_path / "docs/results/gpu/train_torchtitan_llama3_debug.png", LOSSES)] if again else [])
+    losses = {name: LOSSES[name] for name in trained}
+    assert drawn == ([(tmp_path / "docs/results/gpu/train_torchtitan_llama3_debug.png", losses)] if again else [])
 
 
 def test_standard_cases_are_found_by_label_and_others_by_recipe() -> None:

@@ -10,9 +10,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from flashmoe_train.bench import by_name, utilisation
+from flashmoe_train.bench.kernel_names import short_name
 from flashmoe_train.bench.measure import OperatorBench
 from flashmoe_train.bench.results import here, read
-from flashmoe_train.bench.utilisation import METRICS, short_name
+from flashmoe_train.bench.utilisation import METRICS
 from flashmoe_train.documents import documents
 from flashmoe_train.errors import UsageError
 

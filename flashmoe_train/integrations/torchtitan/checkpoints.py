@@ -5,6 +5,7 @@ A run resumes from the newest complete checkpoint in its folder. What TorchTitan
 - a checkpoint that a killed run has left half written is removed, not counted among those to keep, and not taken as the
   reason to forget the weights that the run was to start from;
 - saving over an existing checkpoint first makes that one incomplete, so that a kill cannot mix the two;
+- a checkpoint with a damaged file is refused with the file's name, and with the older one that is whole;
 - a checkpoint that does not fit is refused with the names that differ, before any tensor is read;
 - weights in Hugging Face's format are exported beside the checkpoints, not as one that cannot be resumed.
 """
@@ -25,6 +26,7 @@ from torchtitan.components.checkpoint import MODEL, OPTIMIZER, AsyncMode, Checkp
 
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.torchtitan import generation
+from flashmoe_train.integrations.torchtitan.checkpoint_files import damage, is_complete, steps
 
 models = generation.part("models")
 
@@ -34,11 +36,6 @@ _OPTIONAL = ("e_score_correction_bias",)
 
 def is_huggingface(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds a whole checkpoint of TorchTitan's own format: its metadata is written last."""
-    return (folder / ".metadata").is_file()
 
 
 class Checkpoints(CheckpointManager):
@@ -68,6 +65,7 @@ class Checkpoints(CheckpointManager):
             found = "is in Hugging Face's format" if is_huggingface(Path(checkpoint_id)) else "is no checkpoint"
             raise UsageError(f"{checkpoint_id} {found}: a run cannot go on with it")
         else:
+            self._check_files(Path(checkpoint_id))
             saved = FileSystemReader(checkpoint_id).read_metadata()
             if OPTIMIZER in state_dict and not any(name.startswith("optimizer.") for name in saved.state_dict_metadata):
                 raise UsageError(
@@ -78,6 +76,21 @@ class Checkpoints(CheckpointManager):
             if "dataloader" in state_dict:
                 self._check_readers(checkpoint_id, saved)
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+
+    def _check_files(self, checkpoint: Path) -> None:
+        """Raises UsageError if a file of the checkpoint is not what was written; says which older one is whole."""
+        problem = damage(checkpoint)
+        if problem is None:
+            return
+        own = steps(Path(self.folder))
+        older = own[own.index(checkpoint) + 1 :] if checkpoint in own else []
+        whole = next((path for path in older if damage(path) is None), None)
+        if whole is not None:
+            step = whole.name.removeprefix("step-")
+            hint = f"{whole} is whole: remove {checkpoint} and the run goes on from step {step}"
+        else:
+            hint = f"there is no older one in {self.folder} that is whole"
+        raise UsageError(f"{problem}. A run cannot go on with this checkpoint; {hint}")
 
     def _load_huggingface(self, state_dict: dict[str, Any], folder: str) -> None:
         assert self.sd_adapter is not None
@@ -112,8 +125,10 @@ class Checkpoints(CheckpointManager):
         now = self.states["dataloader"].dp_world_size
         if len(readers) != now:
             raise UsageError(
-                f"{path} was saved by {len(readers)} data-parallel processes, these are {now}: a run can start from "
-                "its weights ([checkpoint] start_from, in another folder), but not go on with it"
+                f"{path} was saved by {len(readers)} data-parallel processes, these are {now}, and each has read its "
+                "own part of the data. A run can start from its weights ([checkpoint] start_from, in another folder),"
+                " or go on with optimizer and schedule, reading the data from the beginning: [torchtitan.checkpoint]"
+                ' exclude_from_loading = ["dataloader"]'
             )
 
     def _with_whole_heads(self, weights: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from flashmoe_train import data, huggingface
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import checkpoints, datasets, generation
+from flashmoe_train.integrations.torchtitan import checkpoint_files, checkpoints, datasets, generation
 from flashmoe_train.integrations.torchtitan.generation import OURS
 from flashmoe_train.recipe import with_swap
 from flashmoe_train.schema import Checkpoint, Parallel, Recipe
@@ -180,7 +180,7 @@ def _keep_checkpoints(recipe: Recipe, result: Job) -> None:
     result.default("checkpoint.last_save_model_only", False)  # or the run could not be made longer
     if chosen.start_from is not None:
         folder = Path(chosen.start_from)
-        if not (checkpoints.is_complete(folder) or checkpoints.is_huggingface(folder)):
+        if not (checkpoint_files.is_complete(folder) or checkpoints.is_huggingface(folder)):
             found = "holds neither a checkpoint (.metadata) nor Hugging Face's *.safetensors"
             why = found if folder.is_dir() else "no such folder"
             raise UsageError(f"[checkpoint] start_from = {chosen.start_from!r}: {why}")

@@ -101,11 +101,12 @@ def write_seed_checkpoint(tables: dict[str, Any], layers: int, root: Path) -> No
 
 def stock_and_swapped(tables: dict[str, Any], layers: int, layouts: dict[str, list[str]], root: Path) -> None:
     """Trains every layout with stock and with swapped modules; where experts are shared, with our exchange too."""
-    runs = [(layout, choice, overrides) for layout, overrides in layouts.items() for choice in _choices(overrides)]
+    runs = [(layout, choice, overrides) for layout, overrides in layouts.items() for choice in choices(overrides)]
     _train_all(tables, layers, runs, root)
 
 
-def _choices(overrides: list[str]) -> tuple[str, ...]:
+def choices(overrides: list[str]) -> tuple[str, ...]:
+    """How a layout is trained."""
     keys = {override.partition("=")[0].rpartition(".")[2] for override in overrides}
     shared = "expert_parallel_degree" in keys and "expert_tensor_parallel_degree" not in keys
     return ("stock", "flashmoe", "dispatch") if shared else ("stock", "flashmoe")
@@ -136,7 +137,7 @@ def _prepare_flavor(tables: dict[str, Any], layers: int) -> None:
     """Stock's grouped_mm experts compute in bfloat16 whatever the tokens' dtype; its for-loop experts do not round."""
     flavor = job.get_train_spec(tables["model"]["name"]).model_args[tables["model"]["flavor"]]
     if hasattr(flavor, "moe_args"):
-        flavor.moe_args.use_grouped_mm = False
+        flavor.moe_args.use_grouped_mm = tables["training"]["mixed_precision_param"] == "bfloat16"
     if layers:
         flavor.n_layers = layers
 

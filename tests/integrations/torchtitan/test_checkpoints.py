@@ -1,9 +1,11 @@
 """Work is kept: resuming, exchange with stock, runs that are killed while they save, Hugging Face's format."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from flashmoe_train import recipe
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations.torchtitan import recipes
-from flashmoe_train.integrations.torchtitan.checkpoints import is_complete
+from flashmoe_train.integrations.torchtitan.checkpoint_files import is_complete
 from flashmoe_train.integrations.torchtitan.converters import job
 
 from ... import processes
@@ -90,16 +92,24 @@ def killed(folder: Path, step: int, *overrides: str) -> None:
     assert error.value.signal_name == "SIGKILL"
 
 
-def _goes_on(root: Path) -> None:
-    whole = train(root / "whole", CHECKPOINTS)
-    assert train(root / "killed", CHECKPOINTS) == {step: whole[step] for step in (4, 5, 6)}
+def _goes_on(root: Path, killed_at: int, overrides: tuple[str, ...]) -> None:
+    whole = train(root / "whole", CHECKPOINTS, *overrides)
+    resumed = train(root / "killed", CHECKPOINTS, *overrides)
+    assert resumed == {step: loss for step, loss in whole.items() if step >= killed_at - 1}
 
 
-def test_killed_while_saving_the_previous_checkpoint_loads(tmp_path: Path) -> None:
-    killed(tmp_path / "killed", 6)
-    half = tmp_path / "killed/checkpoint/step-6"
+ASYNCHRONOUS = ("checkpoint.every=2", "checkpoint.asynchronous=true")
+
+
+@pytest.mark.parametrize("step, overrides", [(6, ("checkpoint.every=4",)), pytest.param(4, ASYNCHRONOUS, marks=slow)])
+def test_killed_while_saving_the_previous_checkpoint_loads(
+    step: int, overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Asynchronously, the next steps are being trained meanwhile."""
+    killed(tmp_path / "killed", step, *overrides)
+    half = tmp_path / f"killed/checkpoint/step-{step}"
     assert list(half.glob("*.distcp")) and not is_complete(half)
-    processes.run(_goes_on, tmp_path)
+    processes.run(_goes_on, tmp_path, step, overrides)
 
 
 def _starts_again(root: Path, start: str) -> None:
@@ -164,11 +174,83 @@ def _refuses_alone(root: Path, processes_then: int) -> None:
     with pytest.raises(UsageError, match=f"was saved by {processes_then} data-parallel processes, these are 1"):
         train(root / "run", CHECKPOINTS, "training.steps=8")
     train(root / "new", f"checkpoint.start_from={root}/run/checkpoint/step-6")
+    go_on = 'torchtitan.checkpoint.exclude_from_loading=["dataloader"]'
+    assert list(train(root / "run", CHECKPOINTS, "training.steps=8", go_on)) == [7, 8]
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     processes.run(train, tmp_path / "run", CHECKPOINTS)
     processes.run(_refuses_alone, tmp_path, 2, processes=1)
+
+
+@contextlib.contextmanager
+def changed(path: Path, change: Callable[[bytes], bytes | None]) -> Iterator[None]:
+    """A file of a checkpoint with other contents, or without it."""
+    before = path.read_bytes()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        after = change(before)
+        path.unlink() if after is None else path.write_bytes(after)
+    dist.barrier()
+    yield
+    dist.barrier()
+    if dist.get_rank() == 0:
+        path.write_bytes(before)
+    dist.barrier()
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit is another, in the middle of the largest tensor."""
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def _refuses_damaged(root: Path) -> None:
+    train(root / "run", CHECKPOINTS)
+    newest, older = (root / f"run/checkpoint/step-{step}" for step in (6, 3))
+    more = (CHECKPOINTS, "training.steps=7")
+    go_on = rf"\. A run cannot go on with this checkpoint; {older} is whole: remove {newest} and .* from step 3$"
+    for name, change, text in (
+        ("__1_0.distcp", lambda content: content[:-1000], "is cut off: .* bytes of "),
+        ("__0_0.distcp", flipped, "is damaged: what lies at byte .* is not what was written"),
+        ("__0_0.distcp", lambda content: None, "is missing"),
+        (".metadata", lambda content: content[:100], "cannot be read"),
+    ):
+        with changed(newest / name, change), pytest.raises(UsageError, match=f"{newest}/{name} {text}.*{go_on}"):
+            train(root / "run", *more)
+    with changed(newest / "__0_0.distcp", flipped), changed(older / "__1_0.distcp", flipped):
+        with pytest.raises(UsageError, match=f"there is no older one in {older.parent} that is whole"):
+            train(root / "run", *more)
+        with pytest.raises(UsageError, match=r"step-6/__0_0.distcp is damaged"):
+            train(root / "new", f"checkpoint.start_from={newest}")
+    assert list(train(root / "run", *more)) == [7]
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    processes.run(_refuses_damaged, tmp_path)
+
+
+def _trains(root: Path, name: str, *overrides: str) -> None:
+    losses = train(root / name, CHECKPOINTS, "training.learning_rate=2e-4", *overrides)  # or rounding grows fast
+    if dist.get_rank() == 0:
+        (root / f"{name}.json").write_text(json.dumps(losses))
+
+
+TP2, EP1, EP2, EP4 = ("parallel.tensor=2", *(f"parallel.expert={degree}" for degree in (1, 2, 4)))
+
+
+@slow
+@pytest.mark.parametrize("then, count, now", [((EP2,), 4, (TP2, EP4)), ((TP2, EP1), 1, (EP1,))])
+def test_a_checkpoint_goes_on_with_other_shards(
+    then: tuple[str, ...], count: int, now: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Layouts with as many readers of the data, or the text would be another: weights and optimizer are cut anew."""
+    processes.run(_trains, tmp_path, "then", *then)
+    shutil.copytree(tmp_path / "then", tmp_path / "now")
+    shutil.rmtree(tmp_path / "now/checkpoint/step-6")
+    processes.run(_trains, tmp_path, "now", *now, processes=count)
+    whole, found = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("then", "now"))
+    assert found == pytest.approx({step: whole[step] for step in ("4", "5", "6")}, abs=1e-4)
 
 
 def _refuses_in_a_pipeline(root: Path) -> None:

@@ -20,7 +20,7 @@ from .jobs import tables_of
 
 def dims(**enabled: bool) -> types.SimpleNamespace:
     names = ("tp_enabled", "pp_enabled", "ep_enabled", "etp_enabled", "cp_enabled")
-    degrees = {"tp": 1, "cp": 1, "ep": 2 if enabled.get("ep_enabled") else 1}
+    degrees = {"tp": 1, "cp": 2 if enabled.get("cp_enabled") else 1, "ep": 2 if enabled.get("ep_enabled") else 1}
     return types.SimpleNamespace(**{name: enabled.get(name, False) for name in names}, **degrees)
 
 
@@ -140,9 +140,22 @@ def test_refuses_document_masks_under_pipeline_parallelism() -> None:
         FlashMoEConverter(config(model={"flavor": "debugmodel_flex_attn"}), dims(pp_enabled=True))
 
 
-def test_refuses_context_parallelism_and_float8() -> None:
-    with pytest.raises(UsageError, match="context_parallel_degree"):
-        FlashMoEConverter(config(), dims(cp_enabled=True))
+@pytest.mark.parametrize(
+    "tables, others, text",
+    [
+        ({"model": {"name": "qwen3"}}, {"tp_enabled": True}, "tensor_parallel_degree > 1 together .* qwen3's"),
+        ({}, {"pp_enabled": True}, "pipeline_parallel_degree > 1 together are not tested"),
+        ({"parallelism": {"context_parallel_load_balancer": "ptrr"}}, {}, "\"headtail\" alone, found 'ptrr'"),
+        ({"training": {"seq_len": 130}}, {}, "cuts a sequence into 4, which does not divide seq_len = 130"),
+    ],
+)
+def test_refuses_what_context_parallelism_cannot_do(tables: dict, others: dict, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        FlashMoEConverter(config(**tables), dims(cp_enabled=True, **others))
+    FlashMoEConverter(config(), dims(cp_enabled=True))
+
+
+def test_refuses_float8() -> None:
     with pytest.raises(UsageError, match="float8"):
         FlashMoEConverter(config(model={"converters": ["float8", "flashmoe"]}), dims())
 

@@ -46,8 +46,8 @@ def test_dense_models_have_no_experts_to_explain() -> None:
 
 
 def test_refuses_what_could_not_be_trained() -> None:
-    with pytest.raises(UsageError, match="context_parallel_degree > 1"):
-        explained("parallel.context=2")
+    with pytest.raises(UsageError, match=r"context_parallel_degree 2: TorchTitan 0.2 has no .* document masks"):
+        explained("parallel.context=2", "data.document_masks=true")
     with pytest.raises(UsageError, match="needs a multiple of 3 processes, found 2"):
         explained("parallel.tensor=3")
 

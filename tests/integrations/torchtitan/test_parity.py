@@ -13,6 +13,8 @@ SELECTIVE = ["activation_checkpoint.mode=selective", "activation_checkpoint.sele
 TP2 = ["parallelism.tensor_parallel_degree=2"]
 PP2 = ["parallelism.pipeline_parallel_degree=2"]
 EP2 = ["parallelism.expert_parallel_degree=2"]
+CP2 = ["parallelism.context_parallel_degree=2"]
+HSDP2 = ["parallelism.data_parallel_replicate_degree=2"]
 ETP2 = ["parallelism.expert_tensor_parallel_degree=2"]
 FULL = ["activation_checkpoint.mode=full"]
 COMPILED = ["compile.enable=true"]
@@ -46,7 +48,7 @@ slow = pytest.mark.slow
         pytest.param(
             DEEPSEEK_CUT,
             4,
-            {"PP2 + EP2": PP2 + EP2 + DETERMINISTIC, "FSDP2 + EP2, full": EP2 + FULL},
+            {"PP2 + EP2": PP2 + EP2 + DETERMINISTIC, "FSDP2 + EP2, full": EP2 + FULL, "HSDP2 + EP2": HSDP2 + EP2},
             marks=slow,
         ),
         pytest.param(
@@ -92,15 +94,22 @@ def test_exchange_in_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, flavor, yardstick", [("qwen3", "debugmodel", "stock"), ("llama3", "debugmodel_flex_attn", "flashmoe")]
+    "name, flavor, yardstick, layout",
+    [
+        ("qwen3", "debugmodel", "stock", TP2),
+        ("llama3", "debugmodel_flex_attn", "flashmoe", TP2),
+        ("llama3", "debugmodel", "stock", CP2 + SELECTIVE),
+        pytest.param("deepseek_v3", "debugmodel", "stock", CP2 + EP2 + FULL, marks=slow),
+    ],
 )
-def test_tensor_parallel_equals_one_process(name: str, flavor: str, yardstick: str, tmp_path: Path) -> None:
-    """What stock cannot run on a CPU: qwen3's DTensors in attention, and document masks. One process can."""
+def test_two_processes_equal_one(name: str, flavor: str, yardstick: str, layout: list[str], tmp_path: Path) -> None:
+    """What stock cannot run on a CPU: qwen3's DTensors in attention, document masks, context parallelism. One process
+    can."""
     tables = jobs.tables_of(name, flavor, tmp_path / "run")
     processes.run(jobs.write_seed_checkpoint, tables, 2, tmp_path, processes=1)
     processes.run(jobs.one_choice, tables, 2, yardstick, [], "one process", tmp_path, processes=1)
-    processes.run(jobs.one_choice, tables, 2, "flashmoe", TP2, "TP2", tmp_path, processes=2)
+    processes.run(jobs.one_choice, tables, 2, "flashmoe", layout, "two", tmp_path, processes=2)
     losses = jobs.read_losses(tmp_path)
-    found, wanted = losses["TP2"]["flashmoe"], losses["one process"][yardstick]
+    found, wanted = losses["two"]["flashmoe"], losses["one process"][yardstick]
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     assert found[-1] < found[0] - 0.5

@@ -137,14 +137,31 @@ def test_keys_without_effect_are_refused(recipe_text: str, text: str, tmp_path: 
         job_of(name=str(path))
 
 
-@pytest.mark.parametrize("name, processes", [("deepseek_v3_16b_4gpu", 4), ("two_nodes/deepseek_v3_16b_16gpu", 16)])
-def test_large_recipes_fit_their_processes(name: str, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name, processes, overrides, swapped",
+    [
+        ("deepseek_v3_16b_4gpu", 4, (), 27 + 2 * 26 + 1),
+        ("deepseek_v3_16b_4gpu", 2, ("model.num_hidden_layers=13", "swap.dispatch=flashmoe"), 13 + 3 * 12 + 1),
+        ("two_nodes/deepseek_v3_16b_16gpu", 16, (), 27 + 2 * 26 + 1),
+        ("qwen3_30b_24layers_4gpu", 4, ("swap.dispatch=flashmoe",), 24 + 3 * 24),
+        ("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12",), 12 + 2 * 12),
+        ("llama3_8b_4gpu", 4, (), 32),
+        ("llama3_8b_4gpu", 2, (), 32),
+        ("llama3_8b_32k_4gpu", 4, (), 32),
+        ("llama3_8b_32k_4gpu", 2, ("parallel.context=2",), 32),
+    ],
+)
+def test_large_recipes_fit_their_processes(
+    name: str, processes: int, overrides: tuple[str, ...], swapped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     version = importlib.metadata.version
     monkeypatch.setattr(
         "importlib.metadata.version", lambda package: "2.11.0" if package == "torch" else version(package)
     )
-    found = explain(recipe.load(name), processes)
-    assert "experts over" in found.processes and sum(row[3] for row in found.swaps.summary()) == 27 + 2 * 26 + 1
+    found = explain(recipe.load(name, overrides), processes)
+    assert sum(row[3] for row in found.swaps.summary()) == swapped
+    kind = "context" if "32k" in name else "FSDP" if "llama" in name else "experts over"
+    assert f"{kind} {min(processes, 8)}" in found.processes
 
 
 def test_the_same_value_twice_is_no_contradiction() -> None:

@@ -12,6 +12,7 @@ from torchtitan.models.attention import (
     VarlenMetadata,
 )
 
+from flashmoe_train.integrations.torchtitan.converters.context import Context
 from flashmoe_train.integrations.torchtitan.converters.documents import DocumentMask, with_document_masks
 from flashmoe_train.integrations.torchtitan.core import attention_within_documents, autocast
 from flashmoe_train.ops.attention import attention
@@ -20,6 +21,8 @@ from flashmoe_train.swap import Swap
 
 class FlashMoEAttention(ScaledDotProductAttentionWrapper):
     """In place of scaled_dot_product_attention: causal or full."""
+
+    context: Context | None = None  # who has the rest of the sequence
 
     def forward(
         self,
@@ -32,6 +35,8 @@ class FlashMoEAttention(ScaledDotProductAttentionWrapper):
         is_causal: bool = True,
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in autocast(q, k, v))
+        if self.context is not None:
+            return self.context.attention(q, k, v, is_causal, scale).transpose(1, 2)
         return attention(q, k, v, causal=is_causal, softmax_scale=scale).transpose(1, 2)
 
 

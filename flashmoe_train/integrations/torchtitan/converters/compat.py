@@ -11,6 +11,7 @@ from flashmoe_train import versions
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations import sizes as machine
 from flashmoe_train.integrations.torchtitan.config import FlashMoE
+from flashmoe_train.integrations.torchtitan.converters import context
 
 
 def check_kernels(choices: FlashMoE, config: Any, model_args: Any) -> None:
@@ -50,7 +51,7 @@ def check_job(job_config: Any, parallel_dims: Any, choices: FlashMoE) -> None:
     model_args = get_train_spec(job_config.model.name).model_args[job_config.model.flavor]
     attention_type = getattr(model_args, "attn_type", "sdpa")
     if choices.attention == "flashmoe":
-        _check_attention(attention_type, parallel_dims)
+        _check_attention(job_config, attention_type, parallel_dims)
     elif (
         attention_type == "flex"
         and not torch.cuda.is_available()
@@ -66,9 +67,9 @@ def check_job(job_config: Any, parallel_dims: Any, choices: FlashMoE) -> None:
             raise UsageError(f"{pair} cannot run {what}: {entry['why']}. {entry['instead']}")
 
 
-def _check_attention(attention_type: str, parallel_dims: Any) -> None:
+def _check_attention(job_config: Any, attention_type: str, parallel_dims: Any) -> None:
     if parallel_dims.cp_enabled:
-        raise UsageError("context_parallel_degree > 1 is not supported with swapped attention; set it to 1")
+        context.check(job_config, parallel_dims)
     if parallel_dims.pp_enabled and attention_type != "sdpa":
         raise UsageError("pipeline parallelism cannot split document masks into microbatches; choose one of the two")
 

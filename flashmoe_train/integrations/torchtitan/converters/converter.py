@@ -12,7 +12,7 @@ from torchtitan.tools.logging import logger
 from flashmoe_train.integrations import sizes
 from flashmoe_train.integrations.torchtitan import core
 from flashmoe_train.integrations.torchtitan.config import FlashMoE, validate
-from flashmoe_train.integrations.torchtitan.converters import attention, compat, dispatch, moe
+from flashmoe_train.integrations.torchtitan.converters import attention, compat, context, dispatch, moe
 from flashmoe_train.swap import Report, swap_modules
 
 
@@ -36,6 +36,8 @@ class FlashMoEConverter:
         report = Report()
         if self.config.attention == "flashmoe":
             report += swap_modules(model, attention.swaps(model))
+            if self.parallel_dims.cp_enabled:
+                context.prepare(self.job_config, (attention.FlashMoEAttention,))
             self._save_in_selective_checkpointing(core.ATTENTION_OPERATORS)
         if self.config.moe == "flashmoe":
             over_ranks = self.config.dispatch == "flashmoe" and self.parallel_dims.ep_enabled

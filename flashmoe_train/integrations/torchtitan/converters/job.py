@@ -78,6 +78,12 @@ def check(config: JobConfig, world_size: int) -> None:
     known("[optimizer] name", config.optimizer.name, ("Adam", "AdamW"))
     if config.parallelism.pipeline_parallel_degree > 1 and spec.pipelining_fn is None:
         raise UsageError(f"[parallelism] pipeline_parallel_degree: TorchTitan cannot pipeline {config.model.name}")
+    attention = getattr(arguments, "attn_type", "sdpa")
+    if (degree := config.parallelism.context_parallel_degree) > 1 and attention != "sdpa":
+        raise UsageError(
+            f"[parallelism] context_parallel_degree {degree}: TorchTitan 0.2 has no context parallelism with document"
+            f" masks ({attention} attention)"
+        )
     sizes = compat.sizes(arguments)
     checks.check(config, world_size, sizes, config.model.flavor, config.validation.freq, config.model.hf_assets_path)
 
