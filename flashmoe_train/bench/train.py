@@ -124,8 +124,8 @@ def path_of_kernels(device_type: str) -> str:
     return path(attention.supports(attention_case) or moe.supports(moe_case), device_type)
 
 
-# Long enough to compare losses, for models of which every step takes a second. Who logs a step waits for it, and then the
-# device for the host: TorchTitan's users log every tenth step, unless they ask for more.
+# Long enough to compare losses, for models of which every step takes a second. Who logs a step waits for it, and then
+# the device for the host: TorchTitan's users log every tenth step, unless they ask for more.
 SELDOM = "torchtitan.metrics.log_freq=5"
 _LOSSES = ("training.steps=100", "training.warmup_steps=20", SELDOM)
 _EXCHANGE = "swap.dispatch=flashmoe"
