@@ -88,6 +88,8 @@ class FlashMoESharedBlock(FlashMoEBlock):
 
     def _routed_by_rows(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         part, parts = self.reorderer.share
+        if parts == 1:
+            return self._routed(x, weights, ids)
         if x.shape[0] % parts:
             raise UsageError(
                 f"tensor_parallel_degree {parts} does not divide the {x.shape[0]} tokens of a batch: our dispatch has"
@@ -95,9 +97,11 @@ class FlashMoESharedBlock(FlashMoEBlock):
             )
         count = x.shape[0] // parts
         own = slice(part * count, (part + 1) * count)
-        out = self.experts(x[own], ids[own].contiguous(), Uncast(weights[own].float().contiguous()))
         # The others' parts come from them: blocks under tensor parallelism give what has to be summed.
-        return F.pad(out, (0, 0, own.start, x.shape[0] - own.stop))
+        return F.pad(self._routed(x[own], weights[own], ids[own]), (0, 0, own.start, x.shape[0] - own.stop))
+
+    def _routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return self.experts(x, ids.contiguous(), Uncast(weights.float().contiguous()))
 
 
 def swaps(model: nn.Module) -> list[Swap]:
