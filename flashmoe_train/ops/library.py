@@ -6,12 +6,14 @@ the operators exist, with the same schemas, on a machine that has no compiler an
 
 import contextlib
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.compiler.config
 
 LIBRARY = torch.library.Library("flashmoe", "DEF")
 
@@ -22,6 +24,19 @@ ANY_DEVICE = "CompositeExplicitAutograd"
 CUDA_LIBRARY = Path(__file__).parents[1] / "libflashmoe_cuda.so"
 if torch.version.cuda and CUDA_LIBRARY.exists():
     torch.ops.load_library(CUDA_LIBRARY)
+
+
+def sources_digest(folder: Path) -> str:
+    """Of the Python files in and below `folder`."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# PyTorch keeps compiled code on disk by the operators that forward calls. What gradients of these are made of is traced
+# into it and not looked at again: after an update it would call operators that are gone, or leave out new ones.
+torch.compiler.config.cache_key_tag += f" flashmoe {sources_digest(Path(__file__).parent)}"
 
 # The operators that it implements: a test holds the library to exactly these.
 COMPILED = frozenset(

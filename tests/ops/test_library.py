@@ -1,12 +1,14 @@
 """What holds for the operators of all families."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from flashmoe_train import attention, moe
+from flashmoe_train.ops import library
 from flashmoe_train.ops.moe import moe_combine, router_topk
 from flashmoe_train.ops.moe.glu import moe_glu
 
@@ -60,3 +62,13 @@ def test_differentiable_once(device: str, op: str) -> None:
             gradient.sum().backward(retain_graph=True)
         refused.add(str(error.value).split()[0])
     assert f"flashmoe::{op}" in refused
+
+
+def test_compiled_code_of_other_sources_is_not_used(tmp_path: Path) -> None:
+    source = tmp_path / "below" / "operator.py"
+    source.parent.mkdir()
+    source.write_text("a")
+    before = library.sources_digest(tmp_path)
+    source.write_text("b")
+    assert library.sources_digest(tmp_path) != before
+    assert library.sources_digest(Path(library.__file__).parent) in torch.compiler.config.cache_key_tag
