@@ -15,7 +15,7 @@
 
 namespace flashmoe::hopper {
 
-constexpr int PAIR = 2;                // blocks
+constexpr int PAIR = 2;                     // blocks
 constexpr uint16_t BOTH = (1 << PAIR) - 1;  // as a mask
 
 // This block's: 0 or 1.

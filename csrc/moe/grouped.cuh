@@ -76,8 +76,8 @@ __device__ __forceinline__ Rows rows_of(const int32_t* offsets, int expert, int 
 
 // --------------------------------------------------------------------------------------------------------------- tiles
 
-// Where the index-th of `high` times `columns` pairs of tiles lies: 8 rows of pairs at a time, column by column, so that those under
-// way are a block of about as many rows as columns.
+// Where the index-th of `high` times `columns` pairs of tiles lies: 8 rows of pairs at a time, column by column, so that
+// those under way are a block of about as many rows as columns.
 struct Place {
   int row, column;
 };
@@ -242,6 +242,14 @@ __device__ __forceinline__ void pack_columns(const float (&d)[COUNT], int first,
 }
 
 // ---------------------------------------------------------------------------------------------------------------- host
+
+// A block for every multiprocessor, in pairs.
+template <typename Storage, typename Work>
+cudaError_t launch_pairs(void (*kernel)(Work), const Work& work, cudaStream_t stream) {
+  int blocks = 0;
+  if (const cudaError_t error = multiprocessors(blocks)) return error;
+  return launch(kernel, {dim3(blocks / PAIR * PAIR), dim3(THREADS), sizeof(Storage), stream}, work);
+}
 
 template <typename T>
 constexpr MapElement map_element() {

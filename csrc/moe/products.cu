@@ -279,9 +279,7 @@ template <typename T, Product P>
 cudaError_t run(const Experts& e, int32_t* claimed, Work w, cudaStream_t stream) {
   w.claimed = claimed, w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
   w.columns = (w.out.width + WIDTH<P> - 1) / WIDTH<P>;
-  int blocks = 0;
-  if (const cudaError_t error = multiprocessors(blocks)) return error;
-  return launch(products_kernel<T, P>, {dim3(blocks / PAIR * PAIR), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
+  return launch_pairs<Shared<T, Tile>>(products_kernel<T, P>, w, stream);
 }
 
 constexpr int stages(int columns) { return (columns + DEPTH - 1) / DEPTH; }

@@ -133,9 +133,7 @@ cudaError_t run(const Experts& e, int32_t* claimed, const Matrix& a, const Matri
   w.add = add;
   w.height = height, w.width = width, w.parts = int(out.size());
   w.high = (height + TILE_ROWS - 1) / TILE_ROWS, w.columns = (width + TILE_COLUMNS - 1) / TILE_COLUMNS;
-  int blocks = 0;
-  if (const cudaError_t error = multiprocessors(blocks)) return error;
-  return launch(weight_gradient_kernel<T, Out>, {dim3(blocks / PAIR * PAIR), dim3(THREADS), sizeof(Shared<T, Tile>), stream}, w);
+  return launch_pairs<Shared<T, Tile>>(weight_gradient_kernel<T, Out>, w, stream);
 }
 
 auto run_of(const Experts& e, const GradientSums& to) {
