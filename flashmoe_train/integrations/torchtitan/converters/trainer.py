@@ -28,6 +28,7 @@ class Trainer(Stock):
         super().__init__(config)
         compat.ask_for_no_masks(self)
         self.config: Any = config
+        self.is_stock = not any(row.became for row in self.swapped().rows)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """Stock's, but that nothing waits for the device unless the step is logged: stock's asks it for the number of
@@ -35,7 +36,7 @@ class Trainer(Stock):
         forward under way while the device still steps the optimizers; one that waits leaves it idle for as long as the
         first layers take to launch.
         """
-        if not any(row.became for row in self.swapped().rows):  # what ours is compared with is TorchTitan's own
+        if self.is_stock:  # what ours is compared with is TorchTitan's own
             return super().train_step(data_iterator)
         self.optimizers.zero_grad()
         learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
@@ -46,12 +47,12 @@ class Trainer(Stock):
         if self.parallel_dims.dp_enabled:
             dist.all_reduce(all_tokens, group=self.parallel_dims.get_mesh("batch").get_group())
 
-        losses = []
+        losses, tokens = [], all_tokens.float()
         for inputs, labels in batches:
             moved = {key: sent(x, self.device) for key, x in inputs.items() if key != "input"}
             moved["input"] = send(inputs["input"], self.model_parts[0], self.tokenizer, self.device)
             loss = self.forward_backward_step(
-                input_dict=moved, labels=sent(labels, self.device), global_valid_tokens=all_tokens.float()
+                input_dict=moved, labels=sent(labels, self.device), global_valid_tokens=tokens
             )
             losses.append(loss.detach())
 
