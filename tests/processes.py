@@ -51,6 +51,5 @@ def start(function: Callable[..., None], *arguments: object, processes: int) -> 
 
 
 def _share_cores(rank: int, processes: int, function: Callable[..., None], arguments: tuple) -> None:
-    """Threads of several processes that wait for each other's cores take half as long again."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     function(rank, *arguments)

@@ -129,6 +129,7 @@ def path_of_kernels(device_type: str) -> str:
 SELDOM = "torchtitan.metrics.log_freq=5"
 _LOSSES = ("training.steps=100", "training.warmup_steps=20", SELDOM)
 _EXCHANGE = "swap.dispatch=flashmoe"
+_SMALL = ("training.steps=8", "training.seq_len=32", "training.validate_steps=1", "model.num_hidden_layers=2")
 
 BENCHES = (
     TrainBench(
@@ -148,9 +149,7 @@ BENCHES = (
             Case("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12", _EXCHANGE, *_LOSSES), again=True),
             Case("llama3_8b_4gpu", 2, _LOSSES, again=True),
         ],
-        tiny=[
-            Case("quickstart", min(2, launch.default_processes()), ("training.steps=8", "training.validate_steps=1"))
-        ],
+        tiny=[Case("quickstart", min(2, launch.default_processes()), _SMALL)],
     ),
     TrainBench(
         name="train_megatron",
@@ -161,6 +160,6 @@ BENCHES = (
             Case("megatron_qwen3_30b_4layers", 2, ("training.steps=20",)),
             Case("megatron_qwen3_30b_4layers", 2, ("training.steps=20", "swap.dispatch=flashmoe")),
         ],
-        tiny=[Case("megatron_moe_debug", min(2, launch.default_processes()), ("training.steps=8",))],
+        tiny=[Case("megatron_moe_debug", min(2, launch.default_processes()), _SMALL)],
     ),
 )

@@ -21,6 +21,15 @@ from flashmoe_train.integrations.torchtitan.runner import BaseLogger  # TorchTit
 
 SEED_CHECKPOINT = "seed/checkpoint/step-0"
 
+Sizes = dict[str, int]
+
+# TorchTitan's debug models with as many layers, but narrow: they were cut for a GPU, and every layout trains twice.
+NARROW: dict[str, Sizes] = {
+    "llama3": {},
+    "deepseek_v3": {"n_heads": 4, "inter_dim": 256, "moe_inter_dim": 64, "kv_lora_rank": 64},
+    "qwen3": {"n_heads": 4, "n_kv_heads": 2, "hidden_dim": 256, "moe_inter_dim": 64},
+}
+
 
 def tables_of(model: str, flavor: str, folder: Path) -> dict[str, Any]:
     """An unmodified TorchTitan job file's tables, plus our three lines."""
@@ -86,9 +95,9 @@ def without_waiting() -> Iterator[None]:
         yield
 
 
-def write_seed_checkpoint(tables: dict[str, Any], layers: int, root: Path) -> None:
+def write_seed_checkpoint(tables: dict[str, Any], sizes: Sizes, root: Path) -> None:
     """Written by stock TorchTitan, so that loading it under a swap shows that the state dict is unchanged."""
-    _prepare_flavor(tables, layers)
+    _prepare_flavor(tables, sizes)
     tables = copy.deepcopy(tables)
     tables["flashmoe"] = {"attention": "stock", "moe": "stock"}
     tables["job"]["dump_folder"] = str(root / "seed")
@@ -99,10 +108,10 @@ def write_seed_checkpoint(tables: dict[str, Any], layers: int, root: Path) -> No
     trainer.close()
 
 
-def stock_and_swapped(tables: dict[str, Any], layers: int, layouts: dict[str, list[str]], root: Path) -> None:
+def stock_and_swapped(tables: dict[str, Any], sizes: Sizes, layouts: dict[str, list[str]], root: Path) -> None:
     """Trains every layout with stock and with swapped modules; where experts are shared, with our exchange too."""
     runs = [(layout, choice, overrides) for layout, overrides in layouts.items() for choice in choices(overrides)]
-    _train_all(tables, layers, runs, root)
+    _train_all(tables, sizes, runs, root)
 
 
 def choices(overrides: list[str]) -> tuple[str, ...]:
@@ -112,15 +121,17 @@ def choices(overrides: list[str]) -> tuple[str, ...]:
     return ("stock", "flashmoe", "dispatch") if shared else ("stock", "flashmoe")
 
 
-def one_choice(tables: dict[str, Any], layers: int, choice: str, overrides: list[str], layout: str, root: Path) -> None:
+def one_choice(
+    tables: dict[str, Any], sizes: Sizes, choice: str, overrides: list[str], layout: str, root: Path
+) -> None:
     """Trains one layout with one of them."""
-    _train_all(tables, layers, [(layout, choice, overrides)], root)
+    _train_all(tables, sizes, [(layout, choice, overrides)], root)
 
 
-def _train_all(tables: dict[str, Any], layers: int, runs: list[tuple[str, str, list[str]]], root: Path) -> None:
+def _train_all(tables: dict[str, Any], sizes: Sizes, runs: list[tuple[str, str, list[str]]], root: Path) -> None:
     """The process that logs writes the losses for `read_losses`."""
     losses: dict[str, dict[str, list[float]]] = {}
-    _prepare_flavor(tables, layers)
+    _prepare_flavor(tables, sizes)
     for layout, choice, overrides in runs:
         parts = {"attention": "flashmoe", "moe": "flashmoe", "dispatch": "flashmoe"}
         if choice != "dispatch":
@@ -133,13 +144,14 @@ def _train_all(tables: dict[str, Any], layers: int, runs: list[tuple[str, str, l
         (root / f"losses_{name}.json").write_text(json.dumps(losses))
 
 
-def _prepare_flavor(tables: dict[str, Any], layers: int) -> None:
+def _prepare_flavor(tables: dict[str, Any], sizes: Sizes) -> None:
     """Stock's grouped_mm experts compute in bfloat16 whatever the tokens' dtype; its for-loop experts do not round."""
     flavor = job.get_train_spec(tables["model"]["name"]).model_args[tables["model"]["flavor"]]
     if hasattr(flavor, "moe_args"):
         flavor.moe_args.use_grouped_mm = tables["training"]["mixed_precision_param"] == "bfloat16"
-    if layers:
-        flavor.n_layers = layers
+    for name, size in sizes.items():
+        assert hasattr(flavor, name)
+        setattr(flavor, name, size)
 
 
 def read_losses(root: Path) -> dict[str, dict[str, list[float]]]:

@@ -11,7 +11,9 @@ from ... import processes
 from . import jobs
 
 
-def entry(rank: int, world: int, port: int, tables: dict[str, Any], layers: int, layouts: Any, root: Path) -> None:
+def entry(
+    rank: int, world: int, port: int, tables: dict[str, Any], sizes: jobs.Sizes, layouts: Any, root: Path
+) -> None:
     """One of `world` processes, each with a GPU: trains every layout as stock and swapped and, where experts are
     shared, with our exchange. A run that fails says why in a file and does not keep the next from running."""
     join(rank, world, port)
@@ -19,7 +21,7 @@ def entry(rank: int, world: int, port: int, tables: dict[str, Any], layers: int,
         for choice in jobs.choices(overrides):
             name = run_name(layout, choice)
             try:
-                jobs.one_choice(tables, layers, choice, overrides, name, root)
+                jobs.one_choice(tables, sizes, choice, overrides, name, root)
             except Exception as error:
                 (root / f"failed_{rank}_{name.replace(' ', '')}.json").write_text(json.dumps([name, repr(error)]))
     dist.barrier()
@@ -30,10 +32,10 @@ def run_name(layout: str, choice: str) -> str:
     return f"{layout} by {choice}"
 
 
-def seed(rank: int, port: int, tables: dict[str, Any], layers: int, root: Path) -> None:
+def seed(rank: int, port: int, tables: dict[str, Any], sizes: jobs.Sizes, root: Path) -> None:
     """In a process of its own, before the others: writes the weights that all start from."""
     join(rank, 1, port)
-    jobs.write_seed_checkpoint(tables, layers, root)
+    jobs.write_seed_checkpoint(tables, sizes, root)
     dist.destroy_process_group()
 
 

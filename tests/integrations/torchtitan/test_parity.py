@@ -22,8 +22,7 @@ COMPILED = ["compile.enable=true"]
 # stock differ by up to 5e-4 from each other unless each is held to one order of sums.
 DETERMINISTIC = ["debug.deterministic=true"]
 
-# (model, flavor, layers: 0 keeps the flavor's). Cut where the whole model takes minutes: qwen3's has 300 million
-# parameters, and every layout trains twice.
+# (model, flavor, layers: 0 keeps the flavor's).
 LLAMA3 = ("llama3", "debugmodel", 0)
 DEEPSEEK = ("deepseek_v3", "debugmodel", 0)
 DEEPSEEK_CUT = ("deepseek_v3", "debugmodel", 3)
@@ -67,8 +66,9 @@ def test_swapped_equals_stock(
 ) -> None:
     name, flavor, layers = model
     tables = jobs.tables_of(name, flavor, tmp_path / "run")
-    processes.run(jobs.write_seed_checkpoint, tables, layers, tmp_path, processes=1)
-    processes.run(jobs.stock_and_swapped, tables, layers, layouts, tmp_path, processes=world_size)
+    sizes = jobs.NARROW[name] | ({"n_layers": layers} if layers else {})
+    processes.run(jobs.write_seed_checkpoint, tables, sizes, tmp_path, processes=1)
+    processes.run(jobs.stock_and_swapped, tables, sizes, layouts, tmp_path, processes=world_size)
     losses = jobs.read_losses(tmp_path)
     for layout in layouts:
         stock = losses[layout].pop("stock")
@@ -85,10 +85,11 @@ def test_exchange_in_bfloat16(tmp_path: Path) -> None:
     exchange around our experts."""
     tables = jobs.tables_of("deepseek_v3", "debugmodel", tmp_path / "run")
     tables["training"]["mixed_precision_param"] = "bfloat16"
-    processes.run(jobs.write_seed_checkpoint, tables, 3, tmp_path, processes=1)
+    sizes = jobs.NARROW["deepseek_v3"] | {"n_layers": 3}
+    processes.run(jobs.write_seed_checkpoint, tables, sizes, tmp_path, processes=1)
     layout = [*EP2, "training.steps=4"]
     for choice in ("flashmoe", "dispatch"):
-        processes.run(jobs.one_choice, tables, 3, choice, layout, choice, tmp_path, processes=2)
+        processes.run(jobs.one_choice, tables, sizes, choice, layout, choice, tmp_path, processes=2)
     losses = jobs.read_losses(tmp_path)
     torch.testing.assert_close(losses["dispatch"]["dispatch"], losses["flashmoe"]["flashmoe"], rtol=0, atol=2e-2)
 
@@ -106,9 +107,10 @@ def test_two_processes_equal_one(name: str, flavor: str, yardstick: str, layout:
     """What stock cannot run on a CPU: qwen3's DTensors in attention, document masks, context parallelism. One process
     can."""
     tables = jobs.tables_of(name, flavor, tmp_path / "run")
-    processes.run(jobs.write_seed_checkpoint, tables, 2, tmp_path, processes=1)
-    processes.run(jobs.one_choice, tables, 2, yardstick, [], "one process", tmp_path, processes=1)
-    processes.run(jobs.one_choice, tables, 2, "flashmoe", layout, "two", tmp_path, processes=2)
+    sizes = jobs.NARROW[name] | {"n_layers": 2}
+    processes.run(jobs.write_seed_checkpoint, tables, sizes, tmp_path, processes=1)
+    processes.run(jobs.one_choice, tables, sizes, yardstick, [], "one process", tmp_path, processes=1)
+    processes.run(jobs.one_choice, tables, sizes, "flashmoe", layout, "two", tmp_path, processes=2)
     losses = jobs.read_losses(tmp_path)
     found, wanted = losses["two"]["flashmoe"], losses["one process"][yardstick]
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)

@@ -75,13 +75,13 @@ TOLERANCE = 2e-2
 def test_swapped_equals_stock_on_gpus(model: str, world: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs")
-    layers = {"llama3": 0, "deepseek_v3": 3}[model]
+    sizes: jobs.Sizes = {"llama3": {}, "deepseek_v3": {"n_layers": 3}}[model]
     chosen = {"llama3": LLAMA3, "deepseek_v3": DEEPSEEK}[model][world]
     layouts = {name: [*overrides, *STEPS] for name, overrides in chosen.items()}
     tables = jobs.tables_of(model, "debugmodel", tmp_path / "run")
     tables["training"] |= {"mixed_precision_param": "bfloat16", "seq_len": 256}
-    processes.start(seed, processes.free_port(), tables, layers, tmp_path, processes=1)
-    processes.start(entry, world, processes.free_port(), tables, layers, layouts, tmp_path, processes=world)
+    processes.start(seed, processes.free_port(), tables, sizes, tmp_path, processes=1)
+    processes.start(entry, world, processes.free_port(), tables, sizes, layouts, tmp_path, processes=world)
     failed = dict(json.loads(path.read_text()) for path in sorted(tmp_path.glob("failed_*.json")))
     losses = {name: next(iter(found.values())) for name, found in jobs.read_losses(tmp_path).items()}
     wrong = []
