@@ -7,14 +7,14 @@ from typing import Any
 from torchtitan.train import Trainer
 
 STEP = 5
-_step = Trainer.train_step
+_step = Trainer.forward_backward_step  # in our trainer's steps as in TorchTitan's
 
 
-def train_step(self: Any, *arguments: Any) -> Any:
+def forward_backward_step(self: Any, **batch: Any) -> Any:
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if first and self.step == STEP and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return _step(self, *arguments)
+    return _step(self, **batch)
 
 
-Trainer.train_step = train_step
+Trainer.forward_backward_step = forward_backward_step
