@@ -1,4 +1,4 @@
-"""What every test shares: GPU tests are skipped, saying so, where there is no GPU."""
+"""What every test shares: its worker's part of the cores; GPU tests are skipped, saying so, where there is no GPU."""
 
 import os
 

@@ -145,7 +145,8 @@ def _train_all(tables: dict[str, Any], sizes: Sizes, runs: list[tuple[str, str, 
 
 
 def _prepare_flavor(tables: dict[str, Any], sizes: Sizes) -> None:
-    """Stock's grouped_mm experts compute in bfloat16 whatever the tokens' dtype; its for-loop experts do not round."""
+    """Of these sizes. Stock's grouped_mm experts compute in bfloat16 whatever the tokens' dtype; its for-loop experts
+    do not round."""
     flavor = job.get_train_spec(tables["model"]["name"]).model_args[tables["model"]["flavor"]]
     if hasattr(flavor, "moe_args"):
         flavor.moe_args.use_grouped_mm = tables["training"]["mixed_precision_param"] == "bfloat16"

@@ -22,11 +22,11 @@ COMPILED = ["compile.enable=true"]
 # stock differ by up to 5e-4 from each other unless each is held to one order of sums.
 DETERMINISTIC = ["debug.deterministic=true"]
 
-# (model, flavor, layers: 0 keeps the flavor's).
-LLAMA3 = ("llama3", "debugmodel", 0)
-DEEPSEEK = ("deepseek_v3", "debugmodel", 0)
-DEEPSEEK_CUT = ("deepseek_v3", "debugmodel", 3)
-QWEN3_CUT = ("qwen3", "debugmodel_moe", 2)
+# (model, flavor, its sizes)
+LLAMA3 = ("llama3", "debugmodel", jobs.NARROW["llama3"])
+DEEPSEEK = ("deepseek_v3", "debugmodel", jobs.NARROW["deepseek_v3"])
+DEEPSEEK_CUT = ("deepseek_v3", "debugmodel", jobs.NARROW["deepseek_v3"] | {"n_layers": 3})
+QWEN3_CUT = ("qwen3", "debugmodel_moe", jobs.NARROW["qwen3"] | {"n_layers": 2})
 
 # Compared with stock's float32 experts the largest differences seen are 1e-6 for llama3, 5e-7 for deepseek_v3 and
 # 2.4e-5 for qwen3.
@@ -62,11 +62,10 @@ slow = pytest.mark.slow
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
 def test_swapped_equals_stock(
-    model: tuple[str, str, int], world_size: int, layouts: dict[str, list[str]], tmp_path: Path
+    model: tuple[str, str, jobs.Sizes], world_size: int, layouts: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    name, flavor, layers = model
+    name, flavor, sizes = model
     tables = jobs.tables_of(name, flavor, tmp_path / "run")
-    sizes = jobs.NARROW[name] | ({"n_layers": layers} if layers else {})
     processes.run(jobs.write_seed_checkpoint, tables, sizes, tmp_path, processes=1)
     processes.run(jobs.stock_and_swapped, tables, sizes, layouts, tmp_path, processes=world_size)
     losses = jobs.read_losses(tmp_path)
@@ -83,9 +82,9 @@ def test_swapped_equals_stock(
 def test_exchange_in_bfloat16(tmp_path: Path) -> None:
     """FSDP's mixed precision rounds what it hands to experts, but not the router's weights: ours against stock's
     exchange around our experts."""
-    tables = jobs.tables_of("deepseek_v3", "debugmodel", tmp_path / "run")
+    name, flavor, sizes = DEEPSEEK_CUT
+    tables = jobs.tables_of(name, flavor, tmp_path / "run")
     tables["training"]["mixed_precision_param"] = "bfloat16"
-    sizes = jobs.NARROW["deepseek_v3"] | {"n_layers": 3}
     processes.run(jobs.write_seed_checkpoint, tables, sizes, tmp_path, processes=1)
     layout = [*EP2, "training.steps=4"]
     for choice in ("flashmoe", "dispatch"):

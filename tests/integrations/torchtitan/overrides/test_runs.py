@@ -25,7 +25,7 @@ CHECKPOINTS = ("checkpoint.every=2", "training.global_batch_size=8", "parallel.e
 def test_quickstart_trains_and_reports(tmp_path: Path) -> None:
     changes = ("training.steps=3", "training.seq_len=64", "training.validate_steps=1", "model.num_hidden_layers=3")
     command = [sys.executable, "-m", "flashmoe_train.cli", "train", "quickstart", *changes, "--processes=2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "outputs/quickstart/summary.json").read_text())
@@ -49,7 +49,7 @@ def test_titans_own_command_takes_recipes(tmp_path: Path) -> None:
     start = "runpy.run_module('torchtitan.train', run_name='__main__')"
     (tmp_path / "train.py").write_text(f"import runpy, flashmoe_train.integrations.torchtitan\n{start}\n")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "train.py", "--module", module]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4]), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4]), "NO_COLOR": "1"}
     done = subprocess.run(
         [sys.executable, *command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -97,7 +97,7 @@ def test_doctor_knows_the_pair() -> None:
 
 def test_mistakes_end_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flashmoe_train.cli", "train", "quickstart", "torchtitan.training.stepz=3"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
     done = subprocess.run(
         [*command, "--processes=1"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
