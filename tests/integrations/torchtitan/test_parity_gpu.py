@@ -1,14 +1,21 @@
 """Every parallelism on GPUs, in bfloat16, with our kernels: swapped modules train as stock does, from one checkpoint.
 
+TorchTitan's debug models, with heads that our kernels take: a swap that runs PyTorch's would show nothing.
+
 All layouts of one model and one number of GPUs are one start of processes. The test names all that failed, and prints
 how far each was from stock. Where stock itself fails, which is printed, swapped modules have to learn as in the others.
 """
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+
+from flashmoe_train.integrations.sizes import Sizes, check_kernels
+from flashmoe_train.integrations.torchtitan.config import FlashMoE
+from flashmoe_train.integrations.torchtitan.converters import compat, job
 
 from ... import processes
 from . import jobs
@@ -21,28 +28,30 @@ STEPS = ["training.steps=6"]
 EP4 = ["parallelism.expert_parallel_degree=4"]
 CP4 = ["parallelism.context_parallel_degree=4"]
 TP4 = ["parallelism.tensor_parallel_degree=4"]
+# Where no FSDP is, TorchTitan trains in float32, for which there are none of our kernels.
+IN_BFLOAT16 = ["training.dtype=bfloat16"]
 
 LLAMA3 = {
     2: {
         "FSDP2": [],
         "FSDP2, compiled, selective": COMPILED + SELECTIVE,
-        "TP2": TP2,
-        "TP2, compiled, full": TP2 + COMPILED + FULL,
+        "TP2": TP2 + IN_BFLOAT16,
+        "TP2, compiled, full": TP2 + IN_BFLOAT16 + COMPILED + FULL,
         "CP2": CP2,
         "CP2, compiled, selective": CP2 + COMPILED + SELECTIVE,
-        "PP2": PP2,
-        "PP2, compiled, full": PP2 + COMPILED + FULL,
+        "PP2": PP2 + IN_BFLOAT16,
+        "PP2, compiled, full": PP2 + IN_BFLOAT16 + COMPILED + FULL,
     },
     4: {
         "HSDP2": HSDP2,
         "HSDP2, compiled, selective": HSDP2 + COMPILED + SELECTIVE,
         "FSDP2 + TP2, compiled, selective": TP2 + COMPILED + SELECTIVE,
-        "TP4": TP4,
+        "TP4": TP4 + IN_BFLOAT16,
         "CP4, compiled": CP4 + COMPILED,
         "FSDP2 + CP2, selective": CP2 + SELECTIVE,
         "TP2 + CP2": TP2 + CP2,
         "PP2 + FSDP2, full": PP2 + FULL,
-        "PP2 + TP2": PP2 + TP2,
+        "PP2 + TP2": PP2 + TP2 + IN_BFLOAT16,
     },
 }
 DEEPSEEK = {
@@ -50,9 +59,9 @@ DEEPSEEK = {
         "FSDP2 + EP2": EP2,
         "FSDP2 + EP2, compiled, selective": EP2 + COMPILED + SELECTIVE,
         "FSDP2 + EP2, compiled, full": EP2 + COMPILED + FULL,
-        "TP2": TP2,
+        "TP2": TP2 + IN_BFLOAT16,
         "CP2 + EP2": CP2 + EP2,
-        "PP2": PP2,
+        "PP2": PP2 + IN_BFLOAT16,
     },
     4: {
         "FSDP4 + EP4, compiled, selective": EP4 + COMPILED + SELECTIVE,
@@ -65,8 +74,20 @@ DEEPSEEK = {
         "PP2 + EP2, compiled, full": PP2 + EP2 + COMPILED + FULL,
     },
 }
+SIZES: dict[str, jobs.Sizes] = {
+    "llama3": {"dim": 512, "n_heads": 8, "n_kv_heads": 4},
+    "deepseek_v3": {"n_layers": 3},
+}
 # Over six steps, in bfloat16; gradients of stock's pipelines are hundreds of times too large, and clipped.
 TOLERANCE = 2e-2
+
+
+def sizes_of(model: str) -> Sizes:
+    """Of the debug model as it is trained here."""
+    flavor = copy.copy(job.get_train_spec(model).model_args["debugmodel"])
+    for name, size in SIZES[model].items():
+        setattr(flavor, name, size)
+    return compat.sizes(flavor)
 
 
 @pytest.mark.timeout(1500)
@@ -75,7 +96,8 @@ TOLERANCE = 2e-2
 def test_swapped_equals_stock_on_gpus(model: str, world: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs")
-    sizes: jobs.Sizes = {"llama3": {}, "deepseek_v3": {"n_layers": 3}}[model]
+    sizes = SIZES[model]
+    check_kernels(FlashMoE(attention="flashmoe", moe="flashmoe"), "bfloat16", sizes_of(model))
     chosen = {"llama3": LLAMA3, "deepseek_v3": DEEPSEEK}[model][world]
     layouts = {name: [*overrides, *STEPS] for name, overrides in chosen.items()}
     tables = jobs.tables_of(model, "debugmodel", tmp_path / "run")
