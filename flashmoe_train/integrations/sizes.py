@@ -41,13 +41,14 @@ class Sizes:
     experts: Experts | None = None  # None: dense
 
 
-def check_kernels(choices: Choices, dtype: str, sizes: Sizes) -> None:
-    """Nobody trains slowly by accident: raises UsageError where a Hopper GPU lacks kernels of what is swapped."""
+def check_kernels(choices: Choices, dtype: str, sizes: Sizes, hint: str = "") -> None:
+    """Nobody trains slowly by accident: raises UsageError where a Hopper GPU lacks kernels of what is swapped. `hint`
+    follows the reasons."""
     if capability("cuda") != HOPPER:
         return
     reasons = (reason for _, reason in _supported(choices, dtype, sizes))
     if missing := [reason for reason in reasons if reason is not None]:
-        raise UsageError(f"{'; '.join(missing)}; --allow-fallback trains on PyTorch's kernels instead")
+        raise UsageError(f"{'; '.join(missing)}{hint}; --allow-fallback trains on PyTorch's kernels instead")
 
 
 def operators(choices: Choices, dtype: str, sizes: Sizes) -> list[tuple[str, str]]:

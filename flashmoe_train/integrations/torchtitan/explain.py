@@ -33,7 +33,7 @@ def explain(recipe: Recipe, processes: int, everything: bool = False) -> Explana
         step=_step(config, dims),
         settings=settings,
         swaps=report,
-        operators=sizes.operators(facts.choices, config.training.mixed_precision_param, of_model),
+        operators=sizes.operators(facts.choices, plan.precision(config, processes), of_model),
     )
 
 

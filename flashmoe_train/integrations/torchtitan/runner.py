@@ -19,7 +19,7 @@ from flashmoe_train.monitor import Monitor, Step
 from flashmoe_train.recipe import write
 from flashmoe_train.schema import Model, Recipe
 
-job = generation.part("job")
+job, plan = generation.part("job"), generation.part("plan")
 Trainer: Any = generation.part("trainer").Trainer
 
 
@@ -53,7 +53,9 @@ def prepare(recipe: Recipe, world_size: int, allow_fallback: bool) -> Any:
     facts = job.facts(config)
     if not allow_fallback:
         of_model = job.sizes(resolved.tables)
-        sizes.check_kernels(facts.choices, config.training.mixed_precision_param, of_model)
+        dtype, wanted = plan.precision(config, world_size), config.training.mixed_precision_param
+        hint = f" ([training] dtype, which TorchTitan takes without FSDP, where precision is {wanted})"
+        sizes.check_kernels(facts.choices, dtype, of_model, hint if dtype != wanted else "")
     try:
         facts.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,8 +10,9 @@ from packaging.version import Version
 
 from flashmoe_train import versions
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.sizes import check_kernels
 from flashmoe_train.integrations.torchtitan.config import FlashMoE, validate
-from flashmoe_train.integrations.torchtitan.converters import compat, job
+from flashmoe_train.integrations.torchtitan.converters import compat, job, plan
 from flashmoe_train.integrations.torchtitan.converters.attention import FlashMoEAttention
 from flashmoe_train.integrations.torchtitan.converters.converter import FlashMoEConverter
 
@@ -19,7 +20,7 @@ from .jobs import tables_of
 
 
 def dims(**enabled: bool) -> types.SimpleNamespace:
-    names = ("tp_enabled", "pp_enabled", "ep_enabled", "etp_enabled", "cp_enabled")
+    names = ("fsdp_enabled", "tp_enabled", "pp_enabled", "ep_enabled", "etp_enabled", "cp_enabled")
     degrees = {"tp": 1, "cp": 2 if enabled.get("cp_enabled") else 1, "ep": 2 if enabled.get("ep_enabled") else 1}
     return types.SimpleNamespace(**{name: enabled.get(name, False) for name in names}, **degrees)
 
@@ -194,12 +195,29 @@ def test_refuses_to_train_slowly_on_hopper(choices: FlashMoE, text: str, monkeyp
     for operator in ("attention", "moe"):
         monkeypatch.setattr(f"flashmoe_train.ops.{operator}.has_kernel", lambda *_: False)
     with pytest.raises(UsageError, match=text):
-        compat.check_kernels(choices, config(), spec)
-    compat.check_kernels(FlashMoE(attention="stock", moe="stock"), config(), spec)
+        check_kernels(choices, "bfloat16", compat.sizes(spec))
+    check_kernels(FlashMoE(attention="stock", moe="stock"), "bfloat16", compat.sizes(spec))
     dense = job.get_train_spec("llama3").model_args["debugmodel"]
-    compat.check_kernels(FlashMoE(attention="stock"), config(), dense)  # it has no experts
+    check_kernels(FlashMoE(attention="stock"), "bfloat16", compat.sizes(dense))  # it has no experts
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    compat.check_kernels(choices, config(), spec)
+    check_kernels(choices, "bfloat16", compat.sizes(spec))
+
+
+@pytest.mark.parametrize(
+    "degrees, processes, wanted",
+    [
+        ({}, 1, "bfloat16"),  # autocast
+        ({"data_parallel_replicate": 2, "data_parallel_shard": 1}, 2, "bfloat16"),
+        ({"tensor_parallel": 2}, 2, "float32"),
+        ({"tensor_parallel": 2}, 4, "bfloat16"),
+        ({"pipeline_parallel": 2}, 2, "float32"),
+        ({"tensor_parallel": 2, "context_parallel": 2}, 4, "bfloat16"),
+    ],
+)
+def test_precision_is_mixed_by_fsdp_or_autocast(degrees: dict[str, int], processes: int, wanted: str) -> None:
+    parallelism = {f"{name}_degree": degree for name, degree in degrees.items()}
+    mixed = config(training={"mixed_precision_param": "bfloat16"}, parallelism=parallelism)
+    assert plan.precision(mixed, processes) == wanted
 
 
 def test_refuses_an_unknown_choice_where_torchtitan_does_not_check() -> None:

@@ -14,9 +14,11 @@ from flashmoe_train.integrations.torchtitan.config import FlashMoE
 from flashmoe_train.integrations.torchtitan.converters import context
 
 
-def check_kernels(choices: FlashMoE, config: Any, model_args: Any) -> None:
-    """Raises UsageError where a Hopper GPU lacks kernels of what is swapped."""
-    machine.check_kernels(choices, config.training.mixed_precision_param, sizes(model_args))
+def precision(config: Any, dims: Any) -> str:
+    """The dtype of products. TorchTitan mixes precisions by FSDP or by autocast, and has neither for tensor or pipeline
+    parallelism without FSDP: there it is the parameters'."""
+    mixed = dims.fsdp_enabled or not (dims.tp_enabled or dims.pp_enabled)
+    return config.training.mixed_precision_param if mixed else config.training.dtype
 
 
 def sizes(model_args: Any) -> machine.Sizes:

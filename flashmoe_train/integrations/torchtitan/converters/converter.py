@@ -52,7 +52,7 @@ class FlashMoEConverter:
             self._save_in_selective_checkpointing(core.MOE_OPERATORS)
         for modules, found, became, count in report.summary():
             logger.info(f"flashmoe: {count} × {modules}: {found} -> {became}")
-        dtype = self.job_config.training.mixed_precision_param
+        dtype = compat.precision(self.job_config, self.parallel_dims)
         for operator, runs in sizes.operators(self.config, dtype, compat.sizes(model.model_args)):
             logger.info(f"flashmoe: {operator} runs on {runs}")
         FlashMoEConverter.last_report = report

@@ -74,7 +74,7 @@ def check(job_config: Any, parallel_dims: Any, model_args: Any) -> None:
     sizes = compat.sizes(model_args)
     assert sizes.experts is not None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, job_config.training.mixed_precision_param)
+    dtype = getattr(torch, compat.precision(job_config, parallel_dims))
     dims = (sizes.dim, sizes.experts.hidden_dim, sizes.experts.number, parallel_dims.ep)
     if (reason := supports(ExchangeCase(device, capability(device), dtype, *dims))) is not None:
         raise UsageError(f'[flashmoe] dispatch = "flashmoe": {reason}; "stock" runs')

@@ -17,8 +17,21 @@ def build(config: JobConfig, processes: int) -> tuple[nn.Module, Sizes, Parallel
     spec = get_train_spec(config.model.name)
     arguments = spec.model_args[config.model.flavor]
     arguments.update_from_config(config)
+    dims = _mesh(config, processes)
+    with torch.device("meta"):
+        model = spec.model_cls(arguments)
+    FlashMoEConverter(config, dims).convert(model)
+    return model, compat.sizes(arguments), dims, FlashMoEConverter.last_report or Report()
+
+
+def precision(config: JobConfig, processes: int) -> str:
+    """The dtype of products on that many processes."""
+    return compat.precision(config, _mesh(config, processes))
+
+
+def _mesh(config: JobConfig, processes: int) -> ParallelDims:
     parallelism = config.parallelism
-    dims = ParallelDims(
+    return ParallelDims(
         dp_replicate=parallelism.data_parallel_replicate_degree,
         dp_shard=parallelism.data_parallel_shard_degree,
         cp=parallelism.context_parallel_degree,
@@ -28,7 +41,3 @@ def build(config: JobConfig, processes: int) -> tuple[nn.Module, Sizes, Parallel
         etp=parallelism.expert_tensor_parallel_degree,
         world_size=processes,
     )
-    with torch.device("meta"):
-        model = spec.model_cls(arguments)
-    FlashMoEConverter(config, dims).convert(model)
-    return model, compat.sizes(arguments), dims, FlashMoEConverter.last_report or Report()

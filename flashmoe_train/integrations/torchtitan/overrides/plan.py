@@ -29,6 +29,11 @@ def build(config: Trainer.Config, processes: int) -> tuple[nn.Module, Sizes, Par
     return model, models.sizes(found), ParallelDims.from_config(config.parallelism, processes), report(before, config)
 
 
+def precision(config: Trainer.Config, processes: int) -> str:
+    """The dtype of products on that many processes: FSDP mixes precisions in every layout."""
+    return config.training.mixed_precision_param
+
+
 def classes(config: Trainer.Config) -> dict[str, str]:
     """The class that each entry of the model's configuration builds, by name."""
     assert config.model_spec is not None
