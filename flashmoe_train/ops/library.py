@@ -59,6 +59,7 @@ COMPILED = frozenset(
         "ep_plan",
         "ep_dispatch",
         "ep_combine",
+        "ep_release",
     }
 )
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashmoe_train import moe
-from flashmoe_train.ops.expert_parallel import Exchange, routed_experts
+from flashmoe_train.ops.expert_parallel import Exchange, operator, routed_experts
 
 from .. import processes
 from .moe_gpu import NAMES, exact
@@ -120,12 +120,44 @@ def check_graph() -> None:
     exchange.check()
 
 
+def check_late() -> None:
+    """In turns one rank's exchanges or last products begin late, in backwards of several layers: the others, which go
+    ahead, overwrite nothing that it still reads, and it reads nothing that it has not got yet."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    shared = Shared("zipf", (300, 200, 0, 100)[:world], **SIZES)
+    exchange = exchange_for(shared, **on_gpu(peer_memory=True))
+    x = shared.tensors(exchange)[0][0][shared.own(rank)[0]]
+    model = Layers(exchange, shared, None)
+    step = lambda: torch.autograd.grad(model(x).float().square().sum(), list(model.parameters()))  # noqa: E731
+    wanted = step()
+
+    def late(function: Callable) -> Callable:
+        def call(*given: object) -> object:
+            torch.cuda._sleep(1_000_000)
+            return function(*given)
+
+        return call
+
+    launch = exchange.transport._launch
+    for who in range(world):
+        for products in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                if rank == who and products:
+                    patch.setattr(operator, "moe_weight_gradient_up", late(operator.moe_weight_gradient_up))
+                elif rank == who:
+                    patch.setattr(exchange.transport, "_launch", lambda op, *given: launch(late(op), *given))
+                for _ in range(5):
+                    assert all(torch.equal(a, b) for a, b in zip(step(), wanted, strict=True)), (who, products)
+    exchange.check()
+
+
 def check_rest() -> None:
     world = dist.get_world_size()
     shared = Shared("random", (40, 33, 0, 21)[:world], **SIZES)
     check_layers(shared, exchange_for(shared, **on_gpu(peer_memory=True)), compiled=True)
     check_added(shared, on_gpu(peer_memory=True))
     check_graph()
+    check_late()
     if world == 2:
         check_overflow(on_gpu(peer_memory=True), SIZES)
 

@@ -3,11 +3,13 @@
 The host launches kernels and waits for nothing: counts, epochs and flags are on the devices. Memory is PyTorch's
 symmetric memory: of each of four channels what other ranks write there, and the flags of all. Two channels bring tokens
 and two bring sums, in turns: gradients need two sorts of tokens at once, and what one use still reads the next does not
-wait for. csrc/expert_parallel/exchange.h says how ranks know what they may overwrite.
+wait for. csrc/expert_parallel/exchange.h says how ranks know what they may overwrite,
+docs/kernels/expert_parallel.md why what runs beside computation can neither stop it nor be overtaken by it.
 """
 
 import math
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -17,19 +19,18 @@ from flashmoe_train.ops.expert_parallel.collective import Arrived
 from flashmoe_train.ops.library import LIBRARY, TAGS, has_kernel
 
 _LINK = (
-    "Tensor(c!) signals, Tensor(d!) state, Tensor distance, Tensor(e!) report, int rank, int channel, int layer,"
+    "Tensor(f!) signals, Tensor(g!) state, Tensor distance, Tensor(h!) report, int rank, int channel, int layer,"
     " int here, float timeout, int blocks, int read"
 )
-LIBRARY.define(
+for schema in (
     "ep_dispatch(Tensor x, Tensor position, Tensor counts, Tensor? ids, Tensor? weights, Tensor(a!) rows,"
-    f" Tensor(b!) routing, {_LINK}) -> (Tensor arrived, Tensor arrived_ids, Tensor arrived_weights)",
-    tags=TAGS,
-)
-LIBRARY.define(
+    " Tensor(b!) routing, Tensor(c!) arrived, Tensor(d!)? arrived_ids, Tensor(e!)? arrived_weights,"
+    f" {_LINK}) -> ()",
     "ep_combine(Tensor rows, Tensor position, Tensor arrived, Tensor? values, Tensor? ids, Tensor(a!) sums,"
-    f" Tensor(b!) slot_values, {_LINK}) -> (Tensor out, Tensor dslots)",
-    tags=TAGS,
-)
+    f" Tensor(b!) slot_values, Tensor(c!) out, Tensor(d!)? dslots, {_LINK}) -> ()",
+    "ep_release(Tensor(a!) signals, Tensor state, Tensor distance, int rank, int read) -> ()",
+):
+    LIBRARY.define(schema, tags=TAGS)
 
 MOST_RANKS = 8
 BLOCKS = 32  # that push: more gain little, and take multiprocessors from whatever runs beside
@@ -103,7 +104,12 @@ class PeerMemory:
         self.coming, self.returning = (list(zip(p[::2], p[1::2], strict=True)) for p in (parts[1:5], parts[5:9]))
         self.report = torch.zeros(_REPORT_WORDS, dtype=torch.int32, pin_memory=True)
         self.dispatches = self.combines = 0
-        self.arrived = self.read = 0  # channels, as bits, that have brought tokens; those whose readers are launched
+        self.unread = 0  # channels, as bits, that have brought tokens which may still be read
+        # What runs beside computation. Of high priority, or its few blocks would come after those of a whole product.
+        self.side = torch.cuda.Stream(device, priority=-1)
+        # What is read and written there: memory of the stream that it forks off from, allocated before the fork and
+        # kept until the join. Whoever had it was launched before the fork, whoever gets it is launched after the join.
+        self.kept: list[tuple] = []
 
     def _shared(
         self, group: dist.ProcessGroup, shapes: list[tuple[torch.dtype, tuple[int, ...]]], device: torch.device
@@ -136,16 +142,21 @@ class PeerMemory:
         layer: int,
         ids: Tensor | None = None,
         weights: Tensor | None = None,
+        *,
+        beside: bool = False,
     ) -> Arrived:
         channel = self.dispatches % _TURNS
         self.dispatches += 1
-        link = self._link(channel, layer)
-        self.arrived |= 1 << channel
+        self.unread |= 1 << channel
         rows, routing = self.coming[channel]
-        arrived, own_ids, own_weights = torch.ops.flashmoe.ep_dispatch(
-            x, position, counts, ids, weights, rows, routing, *link
+        arrived = Arrived(
+            rows.flatten(0, 1),
+            torch.empty_like(counts),
+            *(None if t is None else t.new_empty((rows.shape[0] * rows.shape[1], t.shape[1])) for t in (ids, weights)),
         )
-        return Arrived(rows.flatten(0, 1), arrived, own_ids, own_weights)
+        given = (x, position, counts, ids, weights, rows, routing, *arrived[1:], *self._link(channel, layer, 0))
+        self._launch(torch.ops.flashmoe.ep_dispatch, given, beside)
+        return arrived
 
     def combine(
         self,
@@ -156,21 +167,40 @@ class PeerMemory:
         layer: int,
         values: Tensor | None = None,
         ids: Tensor | None = None,
+        *,
+        beside: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         turn = self.combines % _TURNS
         self.combines += 1
-        self.release()  # combined is what was computed of all that has arrived
-        out, dslots = torch.ops.flashmoe.ep_combine(
-            rows, position, arrived, values, ids, *self.returning[turn], *self._link(_TURNS + turn, layer)
-        )
-        return out, None if values is None else dslots
+        # Combined is what was computed of all that has arrived; what is launched later may read it only beside this.
+        link = self._link(_TURNS + turn, layer, 0 if beside else self._all_read())
+        out = rows.new_empty((position.shape[0], rows.shape[1]))
+        dslots = None if values is None else values.new_empty((position.shape[0], values.shape[1]))
+        given = (rows, position, arrived, values, ids, *self.returning[turn], out, dslots, *link)
+        self._launch(torch.ops.flashmoe.ep_combine, given, beside)
+        return out, dslots
 
     def release(self) -> None:
-        """Whatever reads the tokens that have arrived has been launched: the next exchange tells the others so."""
-        self.read, self.arrived = self.read | self.arrived, 0
+        torch.ops.flashmoe.ep_release(self.signals, self.state, self.distance, self.rank, self._all_read())
 
-    def _link(self, channel: int, layer: int) -> tuple:
-        read, self.read = self.read, 0
+    def join(self) -> None:
+        torch.cuda.current_stream(self.side.device).wait_stream(self.side)
+        self.kept.clear()
+
+    def _launch(self, operator: Callable[..., None], given: tuple, beside: bool) -> None:
+        if not beside:
+            operator(*given)
+            return
+        self.kept.append(given)
+        self.side.wait_stream(torch.cuda.current_stream(self.side.device))
+        with torch.cuda.stream(self.side):
+            operator(*given)
+
+    def _all_read(self) -> int:
+        unread, self.unread = self.unread, 0
+        return unread
+
+    def _link(self, channel: int, layer: int, read: int) -> tuple:
         return (
             self.signals,
             self.state,

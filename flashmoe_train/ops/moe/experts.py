@@ -204,6 +204,7 @@ def experts_backward(
     down: Callable[..., Any] = moe_weight_gradient_down,
     up: Callable[..., Any] = moe_weight_gradient_up,
     keep_rows: bool = True,
+    then: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None,
 ) -> tuple[Tensor, Tensor | None, Any, Any]:
     """Backward of `moe_forward`, the operators in the order in which the fewest bytes are alive at once.
 
@@ -214,6 +215,8 @@ def experts_backward(
         score_mode: forward's.
         down, up: called with (dout, a, the plan) and (x, dh, the plan) of the operators that have their names.
         keep_rows: whether the rows of dout may stay for `down`. False where that only takes note of them.
+        then: called with (dx, dweights or None) as soon as both are there, before `up`, which is the first to read x;
+            what it returns takes their place.
 
     Returns:
         (dx, dweights or None, what `down` returns, what `up` returns).
@@ -237,12 +240,14 @@ def experts_backward(
     if at_once:
         dw2 = down(*of_down)
         del of_down
-    dx = moe_up_backward(dh, w1, w3, *plan)
+    found = moe_up_backward(dh, w1, w3, *plan), None if weights is None else dweights
+    if then is not None:
+        found = then(*found)
     of_up = up(x, dh, *plan)
     del dh
     if not at_once:
         dw2 = down(*of_down)
-    return dx, None if weights is None else dweights, dw2, of_up
+    return *found, dw2, of_up
 
 
 torch.library.register_autograd("flashmoe::moe_forward", _autograd, setup_context=_setup_context, lib=LIBRARY)
