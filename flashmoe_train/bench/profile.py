@@ -17,7 +17,7 @@ from flashmoe_train.bench.measure import Bench
 from flashmoe_train.bench.profile_worker import TRACE, UNTIMED, WALL
 from flashmoe_train.bench.results import Row
 from flashmoe_train.bench.timing import Stopwatch
-from flashmoe_train.bench.train import SELDOM, Case, TrainBench, empty_row, recipe_as_measured
+from flashmoe_train.bench.train import OUR_EXCHANGE, SELDOM, Case, TrainBench, empty_row, recipe_as_measured
 from flashmoe_train.compare import CHOICES, WARMUP, Run
 from flashmoe_train.recipe import write
 from flashmoe_train.schema import Choice
@@ -111,7 +111,6 @@ def _kernels(profiles: dict[str, Any]) -> list[list[str]]:
 
 
 # On two GPUs the recipes for four, with half of the layers where the memory is that of the parameters.
-_EXCHANGE = "swap.dispatch=flashmoe"
 _SMALL = ("training.steps=3", "training.seq_len=32", "training.validate_steps=1", "model.num_hidden_layers=1")
 
 BENCHES: tuple[Bench, ...] = (
@@ -120,11 +119,11 @@ BENCHES: tuple[Bench, ...] = (
         title="A training step under TorchTitan",
         rate="tokens_per_s_per_gpu",
         standard=[
-            Case("deepseek_v3_16b_4gpu", 2, ("model.num_hidden_layers=13", _EXCHANGE, *LOGGED_SELDOM)),
-            Case("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12", _EXCHANGE, *LOGGED_SELDOM)),
+            Case("deepseek_v3_16b_4gpu", 2, ("model.num_hidden_layers=13", OUR_EXCHANGE, *LOGGED_SELDOM)),
+            Case("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12", OUR_EXCHANGE, *LOGGED_SELDOM)),
             Case("llama3_8b_4gpu", 2, LOGGED_SELDOM),
-            Case("deepseek_v3_16b_4gpu", 4, (_EXCHANGE, *LOGGED_SELDOM)),
-            Case("qwen3_30b_24layers_4gpu", 4, (_EXCHANGE, *LOGGED_SELDOM)),
+            Case("deepseek_v3_16b_4gpu", 4, (OUR_EXCHANGE, *LOGGED_SELDOM)),
+            Case("qwen3_30b_24layers_4gpu", 4, (OUR_EXCHANGE, *LOGGED_SELDOM)),
             Case("llama3_8b_4gpu", 4, LOGGED_SELDOM),
         ],
         tiny=[Case("qwen3_moe_debug", min(2, launch.default_processes()), _SMALL)],

@@ -128,7 +128,7 @@ def path_of_kernels(device_type: str) -> str:
 # the device for the host: TorchTitan's users log every tenth step, unless they ask for more.
 SELDOM = "torchtitan.metrics.log_freq=5"
 _LOSSES = ("training.steps=100", "training.warmup_steps=20", SELDOM)
-_EXCHANGE = "swap.dispatch=flashmoe"
+OUR_EXCHANGE = "swap.dispatch=flashmoe"
 _SMALL = ("training.steps=8", "training.seq_len=32", "training.validate_steps=1", "model.num_hidden_layers=2")
 
 BENCHES = (
@@ -140,13 +140,13 @@ BENCHES = (
             Case("quickstart", launch.default_processes()),
             Case("llama3_debug", 1, ("training.steps=200", "training.seq_len=1024"), again=True),
             Case("llama3_8b_4layers", 1, ("training.global_batch_size=1",), again=True),
-            Case("deepseek_v3_16b_4gpu", 4, (_EXCHANGE, *_LOSSES), again=True, other_seed=True),
-            Case("qwen3_30b_24layers_4gpu", 4, (_EXCHANGE, *_LOSSES), again=True),
+            Case("deepseek_v3_16b_4gpu", 4, (OUR_EXCHANGE, *_LOSSES), again=True, other_seed=True),
+            Case("qwen3_30b_24layers_4gpu", 4, (OUR_EXCHANGE, *_LOSSES), again=True),
             Case("llama3_8b_4gpu", 4, _LOSSES, again=True),
             Case("llama3_8b_32k_4gpu", 4, _LOSSES, again=True),
             # Halves of these models on two GPUs, where the memory is that of the parameters.
-            Case("deepseek_v3_16b_4gpu", 2, ("model.num_hidden_layers=13", _EXCHANGE, *_LOSSES), again=True),
-            Case("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12", _EXCHANGE, *_LOSSES), again=True),
+            Case("deepseek_v3_16b_4gpu", 2, ("model.num_hidden_layers=13", OUR_EXCHANGE, *_LOSSES), again=True),
+            Case("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12", OUR_EXCHANGE, *_LOSSES), again=True),
             Case("llama3_8b_4gpu", 2, _LOSSES, again=True),
         ],
         tiny=[Case("quickstart", min(2, launch.default_processes()), _SMALL)],
