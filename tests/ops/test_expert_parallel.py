@@ -66,9 +66,12 @@ def exchange_for(shared: Shared, **options: Any) -> Exchange:
     return Exchange(dist.group.WORLD, **(sizes | where | options))
 
 
-def run(shared: Shared, exchange: Exchange, layer: str = "layer", **options: Any) -> tuple[Tensor, ...]:
-    """out, dx, dw1, dw2, dw3, dweights of this rank."""
+def run(
+    shared: Shared, exchange: Exchange, layer: str = "layer", wide: bool = False, **options: Any
+) -> tuple[Tensor, ...]:
+    """out, dx, dw1, dw2, dw3, dweights of this rank; with the experts' weights, of the same values, in float32."""
     (x, *w, weights), ids, dout = shared.tensors(exchange)
+    w = [e.float() if wide else e for e in w]
     tokens, experts = shared.own(dist.get_rank())
     leaves = [t.detach()[own].clone().requires_grad_() for t, own in ((x, tokens), *((e, experts) for e in w))]
     leaves.append(weights.detach()[tokens].clone().requires_grad_())
@@ -176,6 +179,16 @@ def check_added(shared: Shared, where: dict[str, Any]) -> None:
         run(shared, exchange, gradients=WeightGradients(sums[0], sums[0], sums[2]))
 
 
+def check_wide(shared: Shared, where: dict[str, Any]) -> None:
+    """Float32 weights are rounded by the operators, and their gradients are not."""
+    exchange = exchange_for(shared, **where)
+    narrow, wide = run(shared, exchange), run(shared, exchange, wide=True)
+    for name, a, b in zip(("out", "dx", "dw1", "dw2", "dw3", "dweights"), narrow, wide, strict=True):
+        assert torch.equal(a, b.to(a.dtype)), name
+        if name.startswith("dw") and name != "dweights":
+            assert b.dtype == torch.float32 and not torch.equal(a.float(), b), name
+
+
 class Layers(nn.Module):
     """Layers that share an exchange: memory that one had saved would be overwritten by the next."""
 
@@ -252,6 +265,7 @@ def check_errors() -> None:
         ({"ids": ids[:, :2]}, r"ids must be \[5, 3\]"),
         ({"ids": ids.float()}, "ids must be int32 or int64"),
         ({"weights": weights.double()}, "weights must be torch.float32"),
+        ({"w3": w[2].double()}, "w3 must have x's dtype torch.float32 or be torch.float32, found torch.float64"),
         ({"w1": w[0][:2]}, r"w1 must be \[4, hidden dim, 16\], found \[2, 12, 16\]"),
     ):
         arguments = {"x": x, "w1": w[0], "w2": w[1], "w3": w[2], "ids": ids, "weights": weights} | changed
@@ -275,6 +289,7 @@ def check_two() -> None:
     check_beside()
     for dtype in (torch.float32, torch.bfloat16):
         check_added(shared, {"dtype": dtype})
+    check_wide(shared, {"dtype": torch.bfloat16})
     check_errors()
 
 

@@ -17,7 +17,16 @@ from flashmoe_train.ops.expert_parallel import Exchange, operator, routed_expert
 
 from .. import processes
 from .moe_gpu import NAMES, exact
-from .test_expert_parallel import Layers, Shared, check_added, check_layers, check_overflow, exchange_for, run
+from .test_expert_parallel import (
+    Layers,
+    Shared,
+    check_added,
+    check_layers,
+    check_overflow,
+    check_wide,
+    exchange_for,
+    run,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -156,6 +165,7 @@ def check_rest() -> None:
     shared = Shared("random", (40, 33, 0, 21)[:world], **SIZES)
     check_layers(shared, exchange_for(shared, **on_gpu(peer_memory=True)), compiled=True)
     check_added(shared, on_gpu(peer_memory=True))
+    check_wide(shared, on_gpu(peer_memory=True))
     check_graph()
     check_late()
     if world == 2:

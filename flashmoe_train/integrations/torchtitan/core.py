@@ -61,11 +61,12 @@ def routed_experts(
 def experts_over_ranks(
     x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ids: Tensor, weights: Tensor, shared: Sharing, layer: str
 ) -> Tensor:
-    """`routed_experts` of tokens where w1, w2 and w3 are DTensors, of which each rank of their mesh has its experts."""
+    """`routed_experts` of tokens where w1, w2 and w3 are DTensors, of which each rank of their mesh has its experts.
+    Where they are float32 the operator rounds them."""
     assert isinstance(w1, DTensor)
     dtype = compute_dtype(x)
     experts, group = w1.shape[0], w1.device_mesh.get_group()
-    w1, w2, w3 = (_local(w).to(dtype) for w in (w1, w2, w3))
+    w1, w2, w3 = (w if w.dtype == torch.float32 else w.to(dtype) for w in map(_local, (w1, w2, w3)))
     exchange = shared.exchange(group, experts, x.shape[1], ids.shape[1], dtype, x.device)
     return expert_parallel.routed_experts(x.to(dtype), w1, w2, w3, ids, weights, exchange, layer).type_as(x)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flashmoe_train.ops.expert_parallel.exchange import Exchange, ExchangeCase, supports
-from flashmoe_train.ops.expert_parallel.operator import ep_forward, ep_gradients, ep_gradients_
+from flashmoe_train.ops.expert_parallel.operator import ep_forward, ep_gradients, ep_gradients_, rounded
 from flashmoe_train.ops.expert_parallel.plan import ep_plan
 from flashmoe_train.ops.moe import ScoreMode, WeightGradients, moe
 from flashmoe_train.ops.moe.checks import check_matrix, check_sums, check_weights
@@ -50,8 +50,8 @@ def routed_experts(
 
     Args:
         x: tokens `[T, d]`, in the exchange's dtype and on its device; T may differ between ranks, and be 0.
-        w1, w3: of the experts here `[E/W, n, d]`.
-        w2: `[E/W, d, n]`.
+        w1, w3: of the experts here `[E/W, n, d]`, in x's dtype or float32, to which their gradients belong too.
+        w2: `[E/W, d, n]`, likewise.
         ids: experts of each token `[T, K]`, of all E, int32 or int64; ids outside `0 <= id < E` are skipped.
         weights: router weights `[T, K]`, float32.
         exchange: what the ranks share.
@@ -69,9 +69,9 @@ def routed_experts(
     Rows that exceed the exchange's capacity are not computed; `exchange.lost` counts them by layer. What is saved for
     the gradients is x, the experts' pre-activations `[C, 2n]` and index maps: backward brings the tokens here again.
     """
-    _check(x, w1, ids, weights, exchange)
+    _check(x, (w1, w2, w3), ids, weights, exchange)
     if exchange.world == 1:
-        return moe(x, w1, w2, w3, ids, weights, score_mode=score_mode, gradients=gradients)
+        return moe(x, *rounded(x, w1, w2, w3), ids, weights, score_mode=score_mode, gradients=gradients)
     inputs = (gradients, x, w1, w2, w3, ids.int(), weights, exchange, exchange.number_of(layer), score_mode)
     if gradients is None:
         return _RoutedExperts.apply(*inputs)
@@ -115,7 +115,7 @@ class _RoutedExperts(torch.autograd.Function):
         return None, dx, *dw, None, dweights, None, None, None
 
 
-def _check(x: Tensor, w1: Tensor, ids: Tensor, weights: Tensor, exchange: Exchange) -> None:
+def _check(x: Tensor, w: tuple[Tensor, Tensor, Tensor], ids: Tensor, weights: Tensor, exchange: Exchange) -> None:
     """What the exchange fixes; the rest is checked with the tokens that arrive."""
     check_matrix("x", x)
     if x.shape[1] != exchange.dim or x.shape[0] > exchange.tokens:
@@ -130,6 +130,9 @@ def _check(x: Tensor, w1: Tensor, ids: Tensor, weights: Tensor, exchange: Exchan
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids must be int32 or int64, found {ids.dtype}")
     check_weights(weights, ids.shape, x)
-    if w1.dim() != 3 or w1.shape[0] * exchange.world != exchange.experts:
+    if w[0].dim() != 3 or w[0].shape[0] * exchange.world != exchange.experts:
         here = exchange.experts // exchange.world
-        raise ValueError(f"w1 must be [{here}, hidden dim, {exchange.dim}], found {list(w1.shape)}")
+        raise ValueError(f"w1 must be [{here}, hidden dim, {exchange.dim}], found {list(w[0].shape)}")
+    for name, one in zip(("w1", "w2", "w3"), w, strict=True):
+        if one.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"{name} must have x's dtype {x.dtype} or be torch.float32, found {one.dtype}")

@@ -7,6 +7,9 @@ exchange changes as far as this process' program can see; being written, they ke
 being dropped. `order` holds nothing, so a compiler that hands over a copy does no harm. Gradients write nothing that
 forward has read, since autograd would find it changed: each needs another's result, which keeps them in order, and
 their operator is one that compilers know to have effects.
+
+Weights may be float32 where tokens have 16 bits: each operator rounds them for itself, so that nobody keeps the rounded
+ones, and gradients are float32 as they were summed. That is mixed precision without a pass over gradients.
 """
 
 from collections.abc import Callable
@@ -23,9 +26,7 @@ from flashmoe_train.ops.moe.checks import check
 from flashmoe_train.ops.moe.experts import (
     experts_backward,
     moe_forward,
-    moe_weight_gradient_down,
     moe_weight_gradient_down_,
-    moe_weight_gradient_up,
     moe_weight_gradient_up_,
 )
 from flashmoe_train.ops.moe.plan import RoutePlan, route_plan
@@ -72,6 +73,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     own = by_name(exchange)
     own.check()
+    w1, w2, w3 = rounded(x, w1, w2, w3)
     position, counts = ep_plan(ids, own.experts, own.world)
     tokens = own.transport.dispatch(x, position, counts, layer, ids.contiguous(), weights.contiguous())
     assert tokens.ids is not None and tokens.weights is not None
@@ -79,6 +81,10 @@ def _forward(
     rows, h = moe_forward(tokens.rows, w1, w2, w3, tokens.weights, *plan, score_mode)
     out, _ = own.transport.combine(rows, position, counts, tokens.counts, layer)
     return out, h, *plan, tokens.weights, position, counts, tokens.counts
+
+
+def rounded(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return w1.to(x.dtype), w2.to(x.dtype), w3.to(x.dtype)
 
 
 def _within(own: Exchange, plan: RoutePlan, lost: Tensor, layer: int) -> RoutePlan:
@@ -93,8 +99,18 @@ def _within(own: Exchange, plan: RoutePlan, lost: Tensor, layer: int) -> RoutePl
     )
 
 
-def _gradients(*given: Any) -> tuple[Tensor, ...]:
-    dx, dweights, dw2, (dw1, dw3) = _exchanged(moe_weight_gradient_down, moe_weight_gradient_up, *given)
+def _gradients(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+    def down(*rows: Tensor | None) -> Tensor:
+        dw2 = torch.empty_like(w2, memory_format=torch.contiguous_format)
+        moe_weight_gradient_down_(dw2, *rows, False)
+        return dw2
+
+    def up(*rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        dw1, dw3 = (torch.empty_like(w, memory_format=torch.contiguous_format) for w in (w1, w3))
+        moe_weight_gradient_up_(dw1, dw3, *rows, False)
+        return dw1, dw3
+
+    dx, dweights, dw2, (dw1, dw3) = _exchanged(down, up, dout, x, w1, w2, w3, *saved)
     return dx, dweights, dw1, dw2, dw3
 
 
@@ -141,7 +157,7 @@ def _exchanged(
         transport.join()  # `up` comes next, and reads tokens
         return transport.combine(drows, position, counts, arrived, layer, dslots, ids.contiguous(), beside=True)
 
-    saved = [tokens, w1, w2, w3, arrived_weights, offsets, row_slot, slot_row, h]
+    saved = [tokens, *rounded(x, w1, w2, w3), arrived_weights, offsets, row_slot, slot_row, h]
     dx, dweights, *dw = experts_backward(douts, saved, score_mode, down, up, then=combine)
     transport.release()
     transport.join()
@@ -173,6 +189,7 @@ def _(
     offsets, row_slot = integers(own.here + 1), integers(own.rows)
     slot_row = integers(own.places, own.top_k)
     arrived_weights = weights.new_empty((own.places, own.top_k))
+    w1, w2, w3 = rounded(x, w1, w2, w3)
     check(x.new_empty((own.places, own.dim)), w1, w2, w3, arrived_weights, offsets, row_slot, slot_row, score_mode)
     h = x.new_empty((own.rows, 2 * w1.shape[1]))
     position, counts, arrived = integers(x.shape[0], own.world), integers(own.world), integers(own.world)

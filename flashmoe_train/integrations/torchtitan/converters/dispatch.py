@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed.expert_parallel import ExpertParallel, ReordererSequenceParallel
@@ -45,6 +46,18 @@ class SharedTokens(ReordererSequenceParallel):
             return super()._apply(module, device_mesh)
         module.share = (device_mesh.get_local_rank(), device_mesh.size())
         return module
+
+
+def fully_shard(module: Any, **how: Any) -> Any:
+    """FSDP2, but not for weights of experts that no other process has: over a mesh of one it rounds and copies them
+    for every use, and copies their gradients. Our operator takes them as they are. The module is wrapped all the same,
+    so that the wrappers around it leave its weights alone, and that it rounds what it is called with.
+
+    Weights that rest in the host's memory stay FSDP's.
+    """
+    if isinstance(module, FlashMoESharedExperts) and how["mesh"].size() == 1 and "offload_policy" not in how:
+        how["ignored_params"] = set(module.parameters())
+    return fsdp.fully_shard(module, **how)
 
 
 _overflows: Overflows | None = None
@@ -85,6 +98,7 @@ def prepare(model: nn.Module, job_config: Any, parallel_dims: Any, choices: Flas
     global _overflows
     parallelize.ExpertParallel = SharedExperts
     parallelize.ReordererSequenceParallel = SharedTokens
+    parallelize.fully_shard = fully_shard
     forget()  # of an earlier job of this process
     if _overflows is not None:
         _overflows.close()
