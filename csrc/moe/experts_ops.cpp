@@ -12,6 +12,7 @@
 
 #include "binding.h"
 #include "moe/experts.h"
+#include "moe/moe.h"
 #include "moe/operators.h"
 
 namespace flashmoe {
@@ -84,6 +85,7 @@ struct Layer {
   Tensor offsets, row_slot, slot_row;
   std::optional<Tensor> weights;
   bool routed;     // with a plan
+  int slots = 0;   // K
   int64_t tokens;  // rows where there is no plan
   Experts experts;
 
@@ -108,6 +110,7 @@ struct Layer {
       check_indices("row_slot", *plan.row_slot, 1, x);
       check_indices("slot_row", *plan.slot_row, 2, x);
       row_slot = torch::stable::contiguous(*plan.row_slot), slot_row = torch::stable::contiguous(*plan.slot_row);
+      slots = check_slots(slot_row);
     }
     offsets = torch::stable::contiguous(plan.offsets);
     tokens = routed ? slot_row.size(0) : x.size(0);
@@ -147,20 +150,37 @@ struct Layer {
 
   Tensor matrix_of(int64_t columns) const { return new_empty(first.tensor, {experts.rows, columns}); }
 
-  Tensor zeros(int64_t count) const {
-    Tensor found = new_empty(first.tensor, {count}, ScalarType::Int);
-    torch::stable::zero_(found);
-    return found;
+  // What kernels count with: of launches that gather tokens so many numbers each, of others `claimed`.
+  struct Counters {
+    Tensor numbers;
+    int64_t of_gather;
+
+    int32_t* claimed(int64_t launch) const { return numbers.mutable_data_ptr<int32_t>() + launch * (1 + of_gather); }
+    int32_t* progress(int64_t launch) const { return of_gather ? claimed(launch) + 1 : nullptr; }
+  };
+  Counters counters(int64_t launches, bool gather, cudaStream_t stream) const {
+    const int64_t of_gather = gather && routed ? gather_counters(experts.rows) : 0, count = launches * (1 + of_gather);
+    Tensor numbers = new_empty(first.tensor, {count}, ScalarType::Int);
+    if (of_gather > 0)
+      check_launch(moe_prepare_gather({row_slot.const_data_ptr<int32_t>(), slot_row.const_data_ptr<int32_t>(),
+                                       numbers.mutable_data_ptr<int32_t>(), slot_row.size(0), experts.rows, count, slots},
+                                      stream));
+    else torch::stable::zero_(numbers);
+    return {numbers, of_gather};
   }
 
   RowWeights row_weights() const {
     return {weights ? weights->const_data_ptr<float>() : nullptr, routed ? row_slot.const_data_ptr<int32_t>() : nullptr};
   }
 
-  // Tokens, or their gradients, as rows.
-  Tensor rows_of(const Tensor& tokens) const {
-    return routed ? permute_tokens(tokens, row_slot, slot_row) : readable(tokens);
+  // Tokens, or their gradients, some columns of them, which a launch makes rows of.
+  Gather gather_of(const Tensor& tokens, int32_t* progress, int64_t column = 0) const {
+    if (!routed) return {};
+    void* const data = static_cast<char*>(const_cast<void*>(tokens.const_data_ptr())) + column * tokens.element_size();
+    return {{data, tokens.stride(0)}, row_slot.const_data_ptr<int32_t>(), std::max(slots, 1), progress};
   }
+  // Where it puts them: where there is no plan, tokens are rows.
+  Tensor rows_for(const Tensor& tokens) const { return routed ? matrix_of(experts.dim) : tokens; }
 
   int chunk() const {
     const Experts& e = experts;
@@ -173,19 +193,18 @@ struct Layer {
   int chunks() const { return routed ? (experts.dim + chunk() - 1) / chunk() : 1; }
 
   // Rows of tokens for gradients of weights, by chunks of columns, one after the other in the same memory:
-  // visit(counter of claimed tiles, rows, first column, columns). What is rows already is one chunk.
+  // visit(counter of claimed tiles, what to gather, rows, first column, columns). What is rows already is one chunk.
   template <typename Visit>
-  void each_chunk(const Tensor& tokens, Visit visit) const {
+  void each_chunk(const Tensor& tokens, cudaStream_t stream, Visit visit) const {
     const Tensor source = readable(tokens);
-    const Tensor claims = zeros(chunks());
-    int32_t* claimed = claims.mutable_data_ptr<int32_t>();
-    if (!routed) return visit(claimed, matrix(source), 0, experts.dim);
+    const Counters counters = this->counters(chunks(), true, stream);
+    if (!routed) return visit(counters.claimed(0), Gather{}, matrix(source), 0, experts.dim);
     const int width = chunk();
     Tensor rows = matrix_of(width);
-    for (int begin = 0; begin < experts.dim; begin += width) {
+    for (int i = 0, begin = 0; begin < experts.dim; ++i, begin += width) {
       const int columns = std::min(width, experts.dim - begin);
-      permute_columns(source, begin, columns, row_slot, slot_row, rows.mutable_data_ptr());
-      visit(claimed++, Matrix{rows.mutable_data_ptr(), columns}, begin, columns);
+      visit(counters.claimed(i), gather_of(source, counters.progress(i), begin), Matrix{rows.mutable_data_ptr(), columns},
+            begin, columns);
     }
   }
 
@@ -217,18 +236,20 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
   Tensor h = layer.matrix_of(2 * e.hidden);
   if (e.rows == 0) return {layer.tokens_of(layer.matrix_of(e.dim), std::nullopt, stream), h};
 
-  const Tensor w1_ = readable(w1), w2_ = readable(w2), w3_ = readable(w3), claims = layer.zeros(2);
-  int32_t* const claimed = claims.mutable_data_ptr<int32_t>();
+  const Tensor x_ = readable(x), w1_ = readable(w1), w2_ = readable(w2), w3_ = readable(w3);
+  const Layer::Counters counters = layer.counters(2, true, stream);
   Tensor y;
   {
     Tensor a = layer.matrix_of(e.hidden);
     {
-      const Tensor rows = layer.rows_of(x);
+      const Tensor rows = layer.rows_for(x_);
       const RowWeights scores = combine ? RowWeights{} : layer.row_weights();
-      check_launch(moe_up({e, claimed, matrix(rows), weights_of(w1_), weights_of(w3_), scores, matrix(h), matrix(a)}, stream));
+      check_launch(moe_up({e, counters.claimed(0), layer.gather_of(x_, counters.progress(0)), matrix(rows), weights_of(w1_),
+                           weights_of(w3_), scores, matrix(h), matrix(a)},
+                          stream));
     }
     y = layer.matrix_of(e.dim);
-    check_launch(moe_down({e, claimed + 1, matrix(a), weights_of(w2_), matrix(y)}, stream));
+    check_launch(moe_down({e, counters.claimed(1), matrix(a), weights_of(w2_), matrix(y)}, stream));
   }
   return {layer.tokens_of(y, combine ? layer.weights : std::nullopt, stream), h};
 }
@@ -259,9 +280,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> down_backward(const Tensor& dout, con
 
   const Tensor readable_h = readable(h);
   {
-    const Tensor rows = layer.rows_of(dout), claims = layer.zeros(1);
-    check_launch(moe_down_backward(
-        {e, claims.mutable_data_ptr<int32_t>(), matrix(rows), weights_of(readable(w2)), matrix(a)}, stream));
+    const Tensor dout_ = readable(dout), w2_ = readable(w2), rows = layer.rows_for(dout_);
+    const Layer::Counters counters = layer.counters(1, true, stream);
+    check_launch(moe_down_backward({e, counters.claimed(0), layer.gather_of(dout_, counters.progress(0)), matrix(rows),
+                                    weights_of(w2_), matrix(a)},
+                                   stream));
     if (keep_rows && layer.routed) dy = rows;
   }
   Tensor dh = layer.matrix_of(2 * e.hidden);
@@ -283,9 +306,10 @@ Tensor up_backward(const Tensor& dh, const Tensor& w1, const Tensor& w3, const T
   const cudaStream_t stream = current_stream(dh);
   Tensor rows = layer.matrix_of(e.dim);
   if (e.rows > 0) {
-    const Tensor dh_ = readable(dh), w1_ = readable(w1), w3_ = readable(w3), claims = layer.zeros(1);
+    const Tensor dh_ = readable(dh), w1_ = readable(w1), w3_ = readable(w3);
+    const Layer::Counters counters = layer.counters(1, false, stream);
     check_launch(moe_up_backward(
-        {e, claims.mutable_data_ptr<int32_t>(), matrix(dh_), weights_of(w1_), weights_of(w3_), matrix(rows)}, stream));
+        {e, counters.claimed(0), matrix(dh_), weights_of(w1_), weights_of(w3_), matrix(rows)}, stream));
   }
   return layer.tokens_of(rows, std::nullopt, stream);
 }
@@ -330,9 +354,10 @@ void weight_gradient_down(Tensor dw2, const Tensor& dout, const Tensor& a, const
   const DeviceGuard guard(dout.get_device_index());
   if (!has_rows(layer, accumulate, {&dw2})) return;
   const Tensor a_ = readable(a);
-  layer.each_chunk(dout, [&](int32_t* claimed, const Matrix& dy, int begin, int columns) {
+  const cudaStream_t stream = current_stream(dout);
+  layer.each_chunk(dout, stream, [&](int32_t* claimed, const Gather& gather, const Matrix& dy, int begin, int columns) {
     check_launch(moe_weight_gradient_down(
-        {e, claimed, columns, dy, matrix(a_), weights_of(dw2, begin), to(dw2, accumulate)}, current_stream(dout)));
+        {e, claimed, gather, columns, dy, matrix(a_), weights_of(dw2, begin), to(dw2, accumulate)}, stream));
   });
 }
 
@@ -350,10 +375,11 @@ void weight_gradient_up(Tensor dw1, Tensor dw3, const Tensor& x, const Tensor& d
   const DeviceGuard guard(x.get_device_index());
   if (!has_rows(layer, accumulate, {&dw1, &dw3})) return;
   const Tensor dh_ = readable(dh);
-  layer.each_chunk(x, [&](int32_t* claimed, const Matrix& rows, int begin, int columns) {
-    check_launch(moe_weight_gradient_up({e, claimed, columns, matrix(dh_), rows, weights_of(dw1, 0, begin),
+  const cudaStream_t stream = current_stream(x);
+  layer.each_chunk(x, stream, [&](int32_t* claimed, const Gather& gather, const Matrix& rows, int begin, int columns) {
+    check_launch(moe_weight_gradient_up({e, claimed, gather, columns, matrix(dh_), rows, weights_of(dw1, 0, begin),
                                          weights_of(dw3, 0, begin), to(dw1, accumulate)},
-                                        current_stream(x)));
+                                        stream));
   });
 }
 

@@ -20,6 +20,7 @@
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 #include "moe/experts.h"
+#include "moe/gather.cuh"
 
 namespace flashmoe {
 namespace {
@@ -32,7 +33,9 @@ constexpr int TILE_ROWS = 128, TILE_COLUMNS = 256;
 constexpr int DEPTH = 64;  // of a stage: what is contracted at a time
 constexpr int STAGES = 4;  // 192 KB
 constexpr int THREADS = 384;
+// The producer's warpgroup has one thread that loads, and where tokens are gathered three warps that copy them.
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int COPYING_REGISTERS = 64, BESIDE_COPYING_REGISTERS = 224;
 constexpr int COUNT = TILE_COLUMNS / 2;  // accumulators of a thread
 
 constexpr int TILES = 2;  // that somebody is at work on: the producer, and consumers
