@@ -35,7 +35,11 @@ constexpr int STAGES = 4;  // 192 KB
 constexpr int THREADS = 384;
 // The producer's warpgroup has one thread that loads, and where tokens are gathered three warps that copy them.
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-constexpr int COPYING_REGISTERS = 64, BESIDE_COPYING_REGISTERS = 224;
+constexpr int COPYING_REGISTERS = 56, BESIDE_COPYING_REGISTERS = 224;
+constexpr bool fit(int producer, int consumer) {  // into what the launch gives: more would be waited for forever
+  return producer + THREADS / 128 * consumer - consumer <= 65536 / THREADS / 8 * 8 * (THREADS / 128);
+}
+static_assert(fit(PRODUCER_REGISTERS, CONSUMER_REGISTERS) && fit(COPYING_REGISTERS, BESIDE_COPYING_REGISTERS));
 constexpr int COUNT = TILE_COLUMNS / 2;  // accumulators of a thread
 
 constexpr int TILES = 2;  // that somebody is at work on: the producer, and consumers
