@@ -13,7 +13,9 @@
 namespace flashmoe {
 namespace {
 
-constexpr int BATCH = 4;  // rows that a warp copies before it says so
+constexpr int BATCH = 8;  // rows that a warp copies before it says so
+
+constexpr int ASKING = 8;  // stages between the producer's looks at what has arrived
 
 // As the device has it; in units of 16 bytes.
 struct Copies {
@@ -32,11 +34,15 @@ __device__ __forceinline__ void copy_rows(const Copies& c, int total) {
   constexpr int UNITS = 8;  // of a lane, under way at a time
   const int lane = threadIdx.x % 32;
   const auto claim = [&] { return lane == 0 ? atomicAdd(c.claimed, BATCH) : 0; };
-  for (int next = claim();;) {
-    const int first = __shfl_sync(ALL, next, 0);
-    if (first >= total) return;
-    next = claim();  // takes its time, during which rows are copied
-    const int slot = lane < BATCH && first + lane < total ? c.row_slot[first + lane] : -1, own = slot < 0 ? -1 : slot / c.slots;
+  const auto slot_of_lane = [&](int first) {
+    return lane < BATCH && first + lane < total ? c.row_slot[first + lane] : -1;
+  };
+  // What is claimed next, and its slots, take their time, during which rows are copied.
+  int first = __shfl_sync(ALL, claim(), 0), claimed = claim(), slot = slot_of_lane(first);
+  while (first < total) {
+    const int next = __shfl_sync(ALL, claimed, 0), next_slot = slot_of_lane(next);
+    claimed = claim();
+    const int own = slot < 0 ? -1 : slot / c.slots;
     for (int i = 0; i < BATCH; ++i) {
       const int token = __shfl_sync(ALL, own, i);
       if (token < 0) continue;
@@ -57,6 +63,7 @@ __device__ __forceinline__ void copy_rows(const Copies& c, int total) {
     __syncwarp();
     if (lane == 0)
       asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(c.arrived + first / GATHER_CHUNK) : "memory");
+    first = next, slot = next_slot;
   }
 }
 
@@ -69,22 +76,28 @@ struct Arrived {
   __device__ __forceinline__ void await(int first, int last) {
     last = min(last, total);
     if (!copies.claimed || (first >= begin && last <= end)) return;
-    begin = end = first / GATHER_CHUNK * GATHER_CHUNK;
-    for (; end < last; end += GATHER_CHUNK) {
-      const int batches = (min(GATHER_CHUNK, total - end) + BATCH - 1) / BATCH;
-      const int32_t* const arrived = copies.arrived + end / GATHER_CHUNK;
-      const auto completed = [&] {
-        int32_t count;
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(arrived) : "memory");
-        return count >= batches;
-      };
+    if (first < begin || first > end) begin = end = first / GATHER_CHUNK * GATHER_CHUNK;
+    while (end < last) {
 #ifdef FLASHMOE_WATCHDOG
-      hopper::watched_wait(completed, uint32_t(end), uint32_t(total));
+      hopper::watched_wait([&] { return more(); }, uint32_t(end), uint32_t(total));
 #else
-      while (!completed()) {}
+      while (!more()) {}
 #endif
     }
+  }
+
+  // Whether the next chunk has arrived too. Asked now and then, so that who waits has not to ask.
+  __device__ __forceinline__ bool more() {
+    if (!copies.claimed || end >= total) return false;
+    int count;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                 : "=r"(count)
+                 : "l"(copies.arrived + end / GATHER_CHUNK)
+                 : "memory");
+    if (count < (min(GATHER_CHUNK, total - end) + BATCH - 1) / BATCH) return false;
     asm volatile("fence.proxy.async.global;" ::: "memory");
+    end += GATHER_CHUNK;
+    return true;
   }
 };
 

@@ -103,6 +103,7 @@ __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
   Arrived arrived{w.copies, GATHERS<P> ? total_rows(w) : 0};
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
     if (GATHERS<P> && k == 0) arrived.await(tile.row, tile.row + TILE_ROWS);
+    if (GATHERS<P> && k % ASKING == ASKING / 2) arrived.more();
     const bool first = k < w.first_steps;
     const int depth = first ? k * DEPTH : (k - w.first_steps) * DEPTH, a_depth = (first ? 0 : w.second_column) + depth;
     T *const a = shared.a[stage], *const b = shared.b[stage];

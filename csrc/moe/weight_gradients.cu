@@ -52,6 +52,7 @@ __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
   Arrived arrived{w.copies, total_rows(w)};
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
     arrived.await(tile.first + k * DEPTH, tile.first + (k + 1) * DEPTH);
+    if (k % ASKING == ASKING / 2) arrived.more();
     const int row = tile.first + k * DEPTH, shared_column = int(rank) * (TILE_COLUMNS / 2);
 #pragma unroll
     for (int i = 0; i < TILE_ROWS; i += 64)
