@@ -31,7 +31,7 @@ struct Copies {
 
 // A warp, with others; `total` rows in all.
 __device__ __forceinline__ void copy_rows(const Copies& c, int total) {
-  constexpr int UNITS = 8;  // of a lane, under way at a time
+  constexpr int UNITS = 8, TOGETHER = 2;  // of a lane and a row, and rows: under way at a time
   const int lane = threadIdx.x % 32;
   const auto claim = [&] { return lane == 0 ? atomicAdd(c.claimed, BATCH) : 0; };
   const auto slot_of_lane = [&](int first) {
@@ -43,19 +43,27 @@ __device__ __forceinline__ void copy_rows(const Copies& c, int total) {
     const int next = __shfl_sync(ALL, claimed, 0), next_slot = slot_of_lane(next);
     claimed = claim();
     const int own = slot < 0 ? -1 : slot / c.slots;
-    for (int i = 0; i < BATCH; ++i) {
-      const int token = __shfl_sync(ALL, own, i);
-      if (token < 0) continue;
-      const uint4* const from = c.tokens + token * c.token_stride;
-      uint4* const to = c.rows + (first + i) * c.row_stride;
+    for (int i = 0; i < BATCH; i += TOGETHER) {
+      const uint4* from[TOGETHER];
+      uint4* to[TOGETHER];
+#pragma unroll
+      for (int t = 0; t < TOGETHER; ++t) {
+        const int token = __shfl_sync(ALL, own, i + t);
+        from[t] = token < 0 ? nullptr : c.tokens + token * c.token_stride;
+        to[t] = c.rows + (first + i + t) * c.row_stride;
+      }
       for (int begin = lane; begin < c.width; begin += UNITS * 32) {
-        uint4 unit[UNITS];
+        uint4 unit[TOGETHER][UNITS];
 #pragma unroll
-        for (int u = 0; u < UNITS; ++u)
-          if (begin + u * 32 < c.width) unit[u] = from[begin + u * 32];
+        for (int t = 0; t < TOGETHER; ++t)
 #pragma unroll
-        for (int u = 0; u < UNITS; ++u)
-          if (begin + u * 32 < c.width) to[begin + u * 32] = unit[u];
+          for (int u = 0; u < UNITS; ++u)
+            if (from[t] && begin + u * 32 < c.width) unit[t][u] = from[t][begin + u * 32];
+#pragma unroll
+        for (int t = 0; t < TOGETHER; ++t)
+#pragma unroll
+          for (int u = 0; u < UNITS; ++u)
+            if (from[t] && begin + u * 32 < c.width) to[t][begin + u * 32] = unit[t][u];
       }
     }
     // TMA reads them: by another proxy, on any multiprocessor.
