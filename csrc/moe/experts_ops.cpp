@@ -36,6 +36,10 @@ Weights weights_of(const Tensor& w, int64_t row = 0, int64_t column = 0) {
 // chunk has tiles that are not whole.
 constexpr int LEAST_CHUNK = 512, CHUNK_MULTIPLE = 256;
 
+// From this hidden dim on tokens are copied to their rows beside the products that read them, which take long enough then; below
+// it they are permuted before.
+constexpr int LEAST_HIDDEN_BESIDE = 768;
+
 // Named in errors: what else has to be like it.
 struct First {
   const char* name;
@@ -85,7 +89,6 @@ struct Layer {
   Tensor offsets, row_slot, slot_row;
   std::optional<Tensor> weights;
   bool routed;     // with a plan
-  int slots = 0;   // K
   int64_t tokens;  // rows where there is no plan
   Experts experts;
 
@@ -110,7 +113,6 @@ struct Layer {
       check_indices("row_slot", *plan.row_slot, 1, x);
       check_indices("slot_row", *plan.slot_row, 2, x);
       row_slot = torch::stable::contiguous(*plan.row_slot), slot_row = torch::stable::contiguous(*plan.slot_row);
-      slots = check_slots(slot_row);
     }
     offsets = torch::stable::contiguous(plan.offsets);
     tokens = routed ? slot_row.size(0) : x.size(0);
@@ -150,43 +152,49 @@ struct Layer {
 
   Tensor matrix_of(int64_t columns) const { return new_empty(first.tensor, {experts.rows, columns}); }
 
-  // What kernels count with: of launches that gather tokens so many numbers each, of others `claimed`.
+  // Whether products copy tokens to their rows themselves, beside what they multiply, or find them permuted.
+  bool copied_beside() const { return routed && experts.hidden >= LEAST_HIDDEN_BESIDE; }
+
+  // What `launches` kernels count with, zeros: tiles claimed, and if they copy tokens how many of them have.
   struct Counters {
     Tensor numbers;
-    int64_t of_gather;
+    int64_t each;
 
-    int32_t* claimed(int64_t launch) const { return numbers.mutable_data_ptr<int32_t>() + launch * (1 + of_gather); }
-    int32_t* progress(int64_t launch) const { return of_gather ? claimed(launch) + 1 : nullptr; }
+    int32_t* claimed(int64_t launch) const { return numbers.mutable_data_ptr<int32_t>() + launch * each; }
   };
-  Counters counters(int64_t launches, bool gather, cudaStream_t stream) const {
-    const int64_t of_gather = gather && routed ? gather_counters(experts.rows) : 0, count = launches * (1 + of_gather);
+  Counters counters(int64_t launches, bool copying, cudaStream_t stream) const {
+    copying &= copied_beside();
+    const int64_t each = 1 + (copying ? gather_counters(experts.rows) : 0), count = launches * each;
     Tensor numbers = new_empty(first.tensor, {count}, ScalarType::Int);
-    if (of_gather > 0)
+    if (copying)
       check_launch(moe_prepare_gather({row_slot.const_data_ptr<int32_t>(), slot_row.const_data_ptr<int32_t>(),
-                                       numbers.mutable_data_ptr<int32_t>(), slot_row.size(0), experts.rows, count, slots},
+                                       numbers.mutable_data_ptr<int32_t>(), slot_row.size(0), experts.rows, count,
+                                       int(slot_row.size(1))},
                                       stream));
     else torch::stable::zero_(numbers);
-    return {numbers, of_gather};
+    return {numbers, each};
   }
 
   RowWeights row_weights() const {
     return {weights ? weights->const_data_ptr<float>() : nullptr, routed ? row_slot.const_data_ptr<int32_t>() : nullptr};
   }
 
-  // Tokens, or their gradients, some columns of them, which a launch makes rows of.
-  Gather gather_of(const Tensor& tokens, int32_t* progress, int64_t column = 0) const {
-    if (!routed) return {};
+  // Of tokens, or their gradients, the columns from `column` on, for a launch that has these counters.
+  Gather gather_of(const Tensor& tokens, int32_t* claimed, int64_t column = 0) const {
+    if (!copied_beside()) return {};
     void* const data = static_cast<char*>(const_cast<void*>(tokens.const_data_ptr())) + column * tokens.element_size();
-    return {{data, tokens.stride(0)}, row_slot.const_data_ptr<int32_t>(), std::max(slots, 1), progress};
+    return {{data, tokens.stride(0)}, row_slot.const_data_ptr<int32_t>(), std::max(int(slot_row.size(1)), 1), claimed + 1};
   }
-  // Where it puts them: where there is no plan, tokens are rows.
-  Tensor rows_for(const Tensor& tokens) const { return routed ? matrix_of(experts.dim) : tokens; }
+  // Tokens as rows, or where a launch puts them.
+  Tensor rows_of(const Tensor& tokens) const {
+    if (!routed) return tokens;
+    return copied_beside() ? matrix_of(experts.dim) : permute_tokens(tokens, row_slot, slot_row);
+  }
 
   int chunk() const {
     const Experts& e = experts;
     const bool gradients_are_most = int64_t(e.count) * e.dim > e.rows;
-    const bool rows_were_kept = int64_t(5) * e.hidden <= int64_t(3) * e.dim;  // as experts.py does it
-    const int parts = gradients_are_most ? 4 : rows_were_kept ? 1 : 2;
+    const int parts = gradients_are_most ? 4 : copied_beside() && e.dim > 2 * e.hidden ? 2 : 1;
     const int part = (e.dim + parts - 1) / parts;
     return std::min(std::max(LEAST_CHUNK, (part + CHUNK_MULTIPLE - 1) / CHUNK_MULTIPLE * CHUNK_MULTIPLE), e.dim);
   }
@@ -203,8 +211,9 @@ struct Layer {
     Tensor rows = matrix_of(width);
     for (int i = 0, begin = 0; begin < experts.dim; ++i, begin += width) {
       const int columns = std::min(width, experts.dim - begin);
-      visit(counters.claimed(i), gather_of(source, counters.progress(i), begin), Matrix{rows.mutable_data_ptr(), columns},
-            begin, columns);
+      if (!copied_beside()) permute_columns(source, begin, columns, row_slot, slot_row, rows.mutable_data_ptr());
+      visit(counters.claimed(i), gather_of(source, counters.claimed(i), begin), Matrix{rows.mutable_data_ptr(), columns}, begin,
+            columns);
     }
   }
 
@@ -242,9 +251,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
   {
     Tensor a = layer.matrix_of(e.hidden);
     {
-      const Tensor rows = layer.rows_for(x_);
+      const Tensor rows = layer.rows_of(x_);
       const RowWeights scores = combine ? RowWeights{} : layer.row_weights();
-      check_launch(moe_up({e, counters.claimed(0), layer.gather_of(x_, counters.progress(0)), matrix(rows), weights_of(w1_),
+      check_launch(moe_up({e, counters.claimed(0), layer.gather_of(x_, counters.claimed(0)), matrix(rows), weights_of(w1_),
                            weights_of(w3_), scores, matrix(h), matrix(a)},
                           stream));
     }
@@ -280,9 +289,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> down_backward(const Tensor& dout, con
 
   const Tensor readable_h = readable(h);
   {
-    const Tensor dout_ = readable(dout), w2_ = readable(w2), rows = layer.rows_for(dout_);
+    const Tensor dout_ = readable(dout), w2_ = readable(w2), rows = layer.rows_of(dout_);
     const Layer::Counters counters = layer.counters(1, true, stream);
-    check_launch(moe_down_backward({e, counters.claimed(0), layer.gather_of(dout_, counters.progress(0)), matrix(rows),
+    check_launch(moe_down_backward({e, counters.claimed(0), layer.gather_of(dout_, counters.claimed(0)), matrix(rows),
                                     weights_of(w2_), matrix(a)},
                                    stream));
     if (keep_rows && layer.routed) dy = rows;

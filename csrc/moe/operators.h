@@ -1,4 +1,4 @@
-// An operator on CUDA that others are made of: as if called through the dispatcher, with its checks.
+// Operators on CUDA that others are made of: as if called through the dispatcher, with its checks.
 #pragma once
 
 #include <optional>
@@ -7,9 +7,10 @@
 
 namespace flashmoe {
 
-// K of slot_row [T, K].
-int check_slots(const Tensor& slot_row);
-
+Tensor permute_tokens(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row);
+// Some columns of x, from `first` on, into memory for [R, columns]. Of what permute_tokens takes, with contiguous maps.
+void permute_columns(const Tensor& x, int64_t first, int64_t columns, const Tensor& row_slot, const Tensor& slot_row,
+                     void* rows);
 Tensor combine_rows(const Tensor& rows, const Tensor& slot_row, const std::optional<Tensor>& weights);
 
 }  // namespace flashmoe

@@ -41,6 +41,12 @@ void check_weights(const Tensor& weights, const Tensor& slot_row, const Tensor& 
   check_device("weights", weights, rows);
 }
 
+int check_slots(const Tensor& slot_row) {
+  STD_TORCH_CHECK(slot_row.numel() <= INT_MAX && slot_row.size(1) <= INT_MAX,
+                  "slot_row must have fewer than 2^31 entries, found ", text(slot_row));
+  return static_cast<int>(slot_row.size(1));
+}
+
 std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& ids, int64_t experts) {
   STD_TORCH_CHECK(ids.is_cuda(), "ids must be on a CUDA device like the other tensors");
   STD_TORCH_CHECK(ids.dim() == 2 && ids.size(1) >= 1, "ids must be [tokens, experts per token], found ", text(ids));
@@ -170,6 +176,21 @@ Tensor topk_backward(const Tensor& dweights, const std::optional<Tensor>& dscore
   return dlogits;
 }
 
+}  // namespace
+
+void permute_columns(const Tensor& x, int64_t first, int64_t columns, const Tensor& row_slot, const Tensor& slot_row,
+                     void* rows) {
+  PermuteParams p{};
+  p.element_size = static_cast<int>(x.element_size());
+  p.x = static_cast<const char*>(x.const_data_ptr()) + first * p.element_size;
+  p.row_slot = row_slot.const_data_ptr<int32_t>();
+  p.slot_row = slot_row.const_data_ptr<int32_t>();
+  p.rows = rows;
+  p.tokens = x.size(0), p.row_count = row_slot.size(0), p.dim = columns, p.x_stride = x.stride(0);
+  p.slots = check_slots(slot_row);
+  check_launch(moe_permute(p, current_stream(x)));
+}
+
 Tensor permute_tokens(const Tensor& x, const Tensor& row_slot, const Tensor& slot_row) {
   check_matrix("x", x);
   check_indices("row_slot", row_slot, 1, x);
@@ -179,24 +200,8 @@ Tensor permute_tokens(const Tensor& x, const Tensor& row_slot, const Tensor& slo
   const DeviceGuard guard(x.get_device_index());
   const Tensor slots = torch::stable::contiguous(row_slot), index = torch::stable::contiguous(slot_row);
   Tensor rows = new_empty(x, {row_slot.size(0), x.size(1)});
-  PermuteParams p{};
-  p.element_size = static_cast<int>(x.element_size());
-  p.x = x.const_data_ptr();
-  p.row_slot = slots.const_data_ptr<int32_t>();
-  p.slot_row = index.const_data_ptr<int32_t>();
-  p.rows = rows.mutable_data_ptr();
-  p.tokens = x.size(0), p.row_count = row_slot.size(0), p.dim = x.size(1), p.x_stride = x.stride(0);
-  p.slots = check_slots(slot_row);
-  check_launch(moe_permute(p, current_stream(x)));
+  permute_columns(x, 0, x.size(1), slots, index, rows.mutable_data_ptr());
   return rows;
-}
-
-}  // namespace
-
-int check_slots(const Tensor& slot_row) {
-  STD_TORCH_CHECK(slot_row.numel() <= INT_MAX && slot_row.size(1) <= INT_MAX,
-                  "slot_row must have fewer than 2^31 entries, found ", text(slot_row));
-  return static_cast<int>(slot_row.size(1));
 }
 
 Tensor combine_rows(const Tensor& rows, const Tensor& slot_row, const std::optional<Tensor>& weights) {
