@@ -42,10 +42,22 @@ struct RowWeights {
   const int32_t* row_slot;
 };
 
+// Tokens that a launch copies to their experts' rows, beside its products and ahead of them. Without `progress` the rows are
+// what is given.
+constexpr int GATHER_CHUNK = 1024;  // rows whose arrival is counted together
+struct Gather {
+  Matrix tokens;            // [T, columns of the rows]
+  const int32_t* row_slot;  // [R]: row r is a copy of token row_slot[r] / slots
+  int slots;
+  int32_t* progress;        // gather_counters(R) numbers, 0 before
+};
+constexpr int64_t gather_counters(int64_t rows) { return 1 + (rows + GATHER_CHUNK - 1) / GATHER_CHUNK; }
+
 // h = [x w1T, x w3T], a = silu(gate) * up * weight, from the rounded h.
 struct MoEUpParams {
   Experts experts;
   int32_t* claimed;
+  Gather gather;    // of x
   Matrix x;         // [R, d]
   Weights w1, w3;   // [E, n, d]
   RowWeights weights;
@@ -68,9 +80,10 @@ cudaError_t moe_down(const MoEDownParams& params, cudaStream_t stream);
 struct MoEDownBackwardParams {
   Experts experts;
   int32_t* claimed;
-  Matrix dy;   // [R, d]
-  Weights w2;  // [E, d, n]
-  Matrix da;   // [R, n]
+  Gather gather;  // of dy
+  Matrix dy;      // [R, d]
+  Weights w2;     // [E, d, n]
+  Matrix da;      // [R, n]
 };
 cudaError_t moe_down_backward(const MoEDownBackwardParams& params, cudaStream_t stream);
 
@@ -108,6 +121,7 @@ struct GradientSums {
 struct MoEWeightGradientDownParams {
   Experts experts;
   int32_t* claimed;
+  Gather gather;  // of dy
   int columns;
   Matrix dy;    // [R, columns]
   Matrix a;     // [R, n]
@@ -120,6 +134,7 @@ cudaError_t moe_weight_gradient_down(const MoEWeightGradientDownParams& params, 
 struct MoEWeightGradientUpParams {
   Experts experts;
   int32_t* claimed;
+  Gather gather;     // of x
   int columns;
   Matrix dh;         // [R, 2 n]
   Matrix x;          // [R, columns]

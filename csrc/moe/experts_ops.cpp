@@ -12,6 +12,7 @@
 
 #include "binding.h"
 #include "moe/experts.h"
+#include "moe/moe.h"
 #include "moe/operators.h"
 
 namespace flashmoe {
@@ -34,6 +35,10 @@ Weights weights_of(const Tensor& w, int64_t row = 0, int64_t column = 0) {
 // reads the other operand anew and ends with idle multiprocessors. A multiple of both sides of a tile, so that only the last
 // chunk has tiles that are not whole.
 constexpr int LEAST_CHUNK = 512, CHUNK_MULTIPLE = 256;
+
+// From this hidden dim on tokens are copied to their rows beside the products that read them, which take long enough then; below
+// it they are permuted before.
+constexpr int LEAST_HIDDEN_BESIDE = 768;
 
 // Named in errors: what else has to be like it.
 struct First {
@@ -147,45 +152,68 @@ struct Layer {
 
   Tensor matrix_of(int64_t columns) const { return new_empty(first.tensor, {experts.rows, columns}); }
 
-  Tensor zeros(int64_t count) const {
-    Tensor found = new_empty(first.tensor, {count}, ScalarType::Int);
-    torch::stable::zero_(found);
-    return found;
+  // Whether products copy tokens to their rows themselves, beside what they multiply, or find them permuted.
+  bool copied_beside() const { return routed && experts.hidden >= LEAST_HIDDEN_BESIDE; }
+
+  // What `launches` kernels count with, zeros: tiles claimed, and if they copy tokens how many of them have.
+  struct Counters {
+    Tensor numbers;
+    int64_t each;
+
+    int32_t* claimed(int64_t launch) const { return numbers.mutable_data_ptr<int32_t>() + launch * each; }
+  };
+  Counters counters(int64_t launches, bool copying, cudaStream_t stream) const {
+    copying &= copied_beside();
+    const int64_t each = 1 + (copying ? gather_counters(experts.rows) : 0), count = launches * each;
+    Tensor numbers = new_empty(first.tensor, {count}, ScalarType::Int);
+    if (copying)
+      check_launch(moe_prepare_gather({row_slot.const_data_ptr<int32_t>(), slot_row.const_data_ptr<int32_t>(),
+                                       numbers.mutable_data_ptr<int32_t>(), slot_row.size(0), experts.rows, count,
+                                       int(slot_row.size(1))},
+                                      stream));
+    else torch::stable::zero_(numbers);
+    return {numbers, each};
   }
 
   RowWeights row_weights() const {
     return {weights ? weights->const_data_ptr<float>() : nullptr, routed ? row_slot.const_data_ptr<int32_t>() : nullptr};
   }
 
-  // Tokens, or their gradients, as rows.
+  // Of tokens, or their gradients, the columns from `column` on, for a launch that has these counters.
+  Gather gather_of(const Tensor& tokens, int32_t* claimed, int64_t column = 0) const {
+    if (!copied_beside()) return {};
+    void* const data = static_cast<char*>(const_cast<void*>(tokens.const_data_ptr())) + column * tokens.element_size();
+    return {{data, tokens.stride(0)}, row_slot.const_data_ptr<int32_t>(), std::max(int(slot_row.size(1)), 1), claimed + 1};
+  }
+  // Tokens as rows, or where a launch puts them.
   Tensor rows_of(const Tensor& tokens) const {
-    return routed ? permute_tokens(tokens, row_slot, slot_row) : readable(tokens);
+    if (!routed) return tokens;
+    return copied_beside() ? matrix_of(experts.dim) : permute_tokens(tokens, row_slot, slot_row);
   }
 
   int chunk() const {
     const Experts& e = experts;
     const bool gradients_are_most = int64_t(e.count) * e.dim > e.rows;
-    const bool rows_were_kept = int64_t(5) * e.hidden <= int64_t(3) * e.dim;  // as experts.py does it
-    const int parts = gradients_are_most ? 4 : rows_were_kept ? 1 : 2;
+    const int parts = gradients_are_most ? 4 : copied_beside() && e.dim > 2 * e.hidden ? 2 : 1;
     const int part = (e.dim + parts - 1) / parts;
     return std::min(std::max(LEAST_CHUNK, (part + CHUNK_MULTIPLE - 1) / CHUNK_MULTIPLE * CHUNK_MULTIPLE), e.dim);
   }
   int chunks() const { return routed ? (experts.dim + chunk() - 1) / chunk() : 1; }
 
   // Rows of tokens for gradients of weights, by chunks of columns, one after the other in the same memory:
-  // visit(counter of claimed tiles, rows, first column, columns). What is rows already is one chunk.
+  // visit(counter of claimed tiles, what to gather, rows, first column, columns). What is rows already is one chunk.
   template <typename Visit>
-  void each_chunk(const Tensor& tokens, Visit visit) const {
+  void each_chunk(const Tensor& tokens, cudaStream_t stream, Visit visit) const {
     const Tensor source = readable(tokens);
-    const Tensor claims = zeros(chunks());
-    int32_t* claimed = claims.mutable_data_ptr<int32_t>();
-    if (!routed) return visit(claimed, matrix(source), 0, experts.dim);
+    const Counters counters = this->counters(chunks(), true, stream);
+    if (!routed) return visit(counters.claimed(0), Gather{}, matrix(source), 0, experts.dim);
     const int width = chunk();
     Tensor rows = matrix_of(width);
-    for (int begin = 0; begin < experts.dim; begin += width) {
+    for (int i = 0, begin = 0; begin < experts.dim; ++i, begin += width) {
       const int columns = std::min(width, experts.dim - begin);
-      permute_columns(source, begin, columns, row_slot, slot_row, rows.mutable_data_ptr());
-      visit(claimed++, Matrix{rows.mutable_data_ptr(), columns}, begin, columns);
+      if (!copied_beside()) permute_columns(source, begin, columns, row_slot, slot_row, rows.mutable_data_ptr());
+      visit(counters.claimed(i), gather_of(source, counters.claimed(i), begin), Matrix{rows.mutable_data_ptr(), columns}, begin,
+            columns);
     }
   }
 
@@ -217,18 +245,20 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
   Tensor h = layer.matrix_of(2 * e.hidden);
   if (e.rows == 0) return {layer.tokens_of(layer.matrix_of(e.dim), std::nullopt, stream), h};
 
-  const Tensor w1_ = readable(w1), w2_ = readable(w2), w3_ = readable(w3), claims = layer.zeros(2);
-  int32_t* const claimed = claims.mutable_data_ptr<int32_t>();
+  const Tensor x_ = readable(x), w1_ = readable(w1), w2_ = readable(w2), w3_ = readable(w3);
+  const Layer::Counters counters = layer.counters(2, true, stream);
   Tensor y;
   {
     Tensor a = layer.matrix_of(e.hidden);
     {
-      const Tensor rows = layer.rows_of(x);
+      const Tensor rows = layer.rows_of(x_);
       const RowWeights scores = combine ? RowWeights{} : layer.row_weights();
-      check_launch(moe_up({e, claimed, matrix(rows), weights_of(w1_), weights_of(w3_), scores, matrix(h), matrix(a)}, stream));
+      check_launch(moe_up({e, counters.claimed(0), layer.gather_of(x_, counters.claimed(0)), matrix(rows), weights_of(w1_),
+                           weights_of(w3_), scores, matrix(h), matrix(a)},
+                          stream));
     }
     y = layer.matrix_of(e.dim);
-    check_launch(moe_down({e, claimed + 1, matrix(a), weights_of(w2_), matrix(y)}, stream));
+    check_launch(moe_down({e, counters.claimed(1), matrix(a), weights_of(w2_), matrix(y)}, stream));
   }
   return {layer.tokens_of(y, combine ? layer.weights : std::nullopt, stream), h};
 }
@@ -259,9 +289,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> down_backward(const Tensor& dout, con
 
   const Tensor readable_h = readable(h);
   {
-    const Tensor rows = layer.rows_of(dout), claims = layer.zeros(1);
-    check_launch(moe_down_backward(
-        {e, claims.mutable_data_ptr<int32_t>(), matrix(rows), weights_of(readable(w2)), matrix(a)}, stream));
+    const Tensor dout_ = readable(dout), w2_ = readable(w2), rows = layer.rows_of(dout_);
+    const Layer::Counters counters = layer.counters(1, true, stream);
+    check_launch(moe_down_backward({e, counters.claimed(0), layer.gather_of(dout_, counters.claimed(0)), matrix(rows),
+                                    weights_of(w2_), matrix(a)},
+                                   stream));
     if (keep_rows && layer.routed) dy = rows;
   }
   Tensor dh = layer.matrix_of(2 * e.hidden);
@@ -283,9 +315,10 @@ Tensor up_backward(const Tensor& dh, const Tensor& w1, const Tensor& w3, const T
   const cudaStream_t stream = current_stream(dh);
   Tensor rows = layer.matrix_of(e.dim);
   if (e.rows > 0) {
-    const Tensor dh_ = readable(dh), w1_ = readable(w1), w3_ = readable(w3), claims = layer.zeros(1);
+    const Tensor dh_ = readable(dh), w1_ = readable(w1), w3_ = readable(w3);
+    const Layer::Counters counters = layer.counters(1, false, stream);
     check_launch(moe_up_backward(
-        {e, claims.mutable_data_ptr<int32_t>(), matrix(dh_), weights_of(w1_), weights_of(w3_), matrix(rows)}, stream));
+        {e, counters.claimed(0), matrix(dh_), weights_of(w1_), weights_of(w3_), matrix(rows)}, stream));
   }
   return layer.tokens_of(rows, std::nullopt, stream);
 }
@@ -330,9 +363,10 @@ void weight_gradient_down(Tensor dw2, const Tensor& dout, const Tensor& a, const
   const DeviceGuard guard(dout.get_device_index());
   if (!has_rows(layer, accumulate, {&dw2})) return;
   const Tensor a_ = readable(a);
-  layer.each_chunk(dout, [&](int32_t* claimed, const Matrix& dy, int begin, int columns) {
+  const cudaStream_t stream = current_stream(dout);
+  layer.each_chunk(dout, stream, [&](int32_t* claimed, const Gather& gather, const Matrix& dy, int begin, int columns) {
     check_launch(moe_weight_gradient_down(
-        {e, claimed, columns, dy, matrix(a_), weights_of(dw2, begin), to(dw2, accumulate)}, current_stream(dout)));
+        {e, claimed, gather, columns, dy, matrix(a_), weights_of(dw2, begin), to(dw2, accumulate)}, stream));
   });
 }
 
@@ -350,10 +384,11 @@ void weight_gradient_up(Tensor dw1, Tensor dw3, const Tensor& x, const Tensor& d
   const DeviceGuard guard(x.get_device_index());
   if (!has_rows(layer, accumulate, {&dw1, &dw3})) return;
   const Tensor dh_ = readable(dh);
-  layer.each_chunk(x, [&](int32_t* claimed, const Matrix& rows, int begin, int columns) {
-    check_launch(moe_weight_gradient_up({e, claimed, columns, matrix(dh_), rows, weights_of(dw1, 0, begin),
+  const cudaStream_t stream = current_stream(x);
+  layer.each_chunk(x, stream, [&](int32_t* claimed, const Gather& gather, const Matrix& rows, int begin, int columns) {
+    check_launch(moe_weight_gradient_up({e, claimed, gather, columns, matrix(dh_), rows, weights_of(dw1, 0, begin),
                                          weights_of(dw3, 0, begin), to(dw1, accumulate)},
-                                        current_stream(x)));
+                                        stream));
   });
 }
 

@@ -20,6 +20,7 @@
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 #include "moe/experts.h"
+#include "moe/gather.cuh"
 
 namespace flashmoe {
 namespace {
@@ -32,7 +33,13 @@ constexpr int TILE_ROWS = 128, TILE_COLUMNS = 256;
 constexpr int DEPTH = 64;  // of a stage: what is contracted at a time
 constexpr int STAGES = 4;  // 192 KB
 constexpr int THREADS = 384;
+// The producer's warpgroup has one thread that loads, and where tokens are gathered three warps that copy them. Registers move
+// within what the launch gives: more would be waited for forever.
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int COPYING_REGISTERS = 104, BESIDE_COPYING_REGISTERS = 200;
+constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8 * (THREADS / 128);  // of a thread of each warpgroup
+static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= LAUNCH_REGISTERS);
+static_assert(COPYING_REGISTERS + 2 * BESIDE_COPYING_REGISTERS <= LAUNCH_REGISTERS);
 constexpr int COUNT = TILE_COLUMNS / 2;  // accumulators of a thread
 
 constexpr int TILES = 2;  // that somebody is at work on: the producer, and consumers

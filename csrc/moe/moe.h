@@ -85,6 +85,17 @@ struct PermuteParams {
 };
 cudaError_t moe_permute(const PermuteParams& params, cudaStream_t stream);
 
+// For kernels that gather tokens themselves: zeros the numbers that they count with, and asserts, as permute does, that
+// the maps are each other's inverse. They cannot: a trap costs them their registers.
+struct PrepareGatherParams {
+  const int32_t* row_slot;  // [R]
+  const int32_t* slot_row;  // [T, K]
+  int32_t* counters;
+  int64_t tokens, row_count, counter_count;
+  int slots;  // K
+};
+cudaError_t moe_prepare_gather(const PrepareGatherParams& params, cudaStream_t stream);
+
 // out[t] = sum over k, in order, of weights[t, k] * rows[slot_row[t, k]], in float32 (float64 for float64 rows).
 struct CombineParams {
   const void* rows;         // [R, d]

@@ -13,7 +13,8 @@ constexpr int UNITS = 4;
 
 // Of row i and slot i. A row that two slots name would have two writers, one that names a slot of another row would have
 // none. The maps are small beside the rows, and no token waits for this.
-__device__ void check_inverse(const PermuteParams& p, int64_t i) {
+template <typename Params>
+__device__ void check_inverse(const Params& p, int64_t i) {
   const int64_t slots = p.tokens * p.slots;
   if (i < p.row_count) {
     const int slot = p.row_slot[i];
@@ -61,6 +62,12 @@ __global__ void __launch_bounds__(256) permute_kernel(PermuteParams p, unsigned 
   }
 }
 
+__global__ void __launch_bounds__(256) prepare_gather_kernel(PrepareGatherParams p) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  check_inverse(p, i);
+  if (i < p.counter_count) p.counters[i] = 0;
+}
+
 template <typename Unit>
 cudaError_t launch(const PermuteParams& p, cudaStream_t stream) {
   const int64_t width = p.dim * p.element_size / int64_t(sizeof(Unit));
@@ -73,6 +80,12 @@ cudaError_t launch(const PermuteParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+cudaError_t moe_prepare_gather(const PrepareGatherParams& p, cudaStream_t stream) {
+  const int64_t entries = std::max({p.row_count, p.tokens * p.slots, p.counter_count});
+  if (entries > 0) prepare_gather_kernel<<<unsigned((entries + 255) / 256), 256, 0, stream>>>(p);
+  return cudaGetLastError();
+}
 
 cudaError_t moe_permute(const PermuteParams& p, cudaStream_t stream) {
   if (std::max(p.row_count, p.tokens) == 0 || p.dim == 0) return cudaSuccess;

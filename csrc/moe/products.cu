@@ -34,8 +34,13 @@ struct Output {
   int width;
 };
 
+// Products whose rows may be copies of tokens.
+template <Product P>
+constexpr bool GATHERS = P == Product::up || P == Product::down_backward;
+
 // What a kernel is given.
 struct Work {
+  Copies copies;
   CUtensorMap a;       // rows, of whose columns there may be two parts
   CUtensorMap b0, b1;  // weights: of the two parts, or of the two halves of a tile's columns
   Output out, activation;
@@ -47,6 +52,9 @@ struct Work {
   int steps, first_steps;  // stages of a tile; of a's first part
   int second_column;       // where a's second part begins
 };
+
+// That somebody owns.
+__device__ __forceinline__ int total_rows(const Work& w) { return max(0, min(w.rows, w.offsets[w.experts])); }
 
 struct Tile {
   int expert, row, left, column;  // left: the expert's rows from `row` on
@@ -92,7 +100,10 @@ __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
   constexpr int HALF = TILE_COLUMNS / 2;
   const uint32_t rank = rank_in_pair();
   Walk walk{w, rank};
+  Arrived arrived{w.copies, GATHERS<P> ? total_rows(w) : 0};
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
+    if (GATHERS<P> && k == 0) arrived.await(tile.row, tile.row + TILE_ROWS);
+    if (GATHERS<P> && k % ASKING == ASKING / 2) arrived.more();
     const bool first = k < w.first_steps;
     const int depth = first ? k * DEPTH : (k - w.first_steps) * DEPTH, a_depth = (first ? 0 : w.second_column) + depth;
     T *const a = shared.a[stage], *const b = shared.b[stage];
@@ -210,10 +221,14 @@ __global__ void __cluster_dims__(PAIR) __launch_bounds__(THREADS, 1) products_ke
   auto& shared = shared_storage<Shared<T, Tile>>();
   prepare(shared);
   if (threadIdx.x < 128) {
-    fewer_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32 && elected()) produce<T, P>(w, shared);
+    fewer_registers<GATHERS<P> ? COPYING_REGISTERS : PRODUCER_REGISTERS>();
+    if (threadIdx.x < 32) {
+      if (elected()) produce<T, P>(w, shared);
+    } else if (GATHERS<P> && w.copies.claimed) {
+      copy_rows(w.copies, total_rows(w));
+    }
   } else {
-    more_registers<CONSUMER_REGISTERS>();
+    more_registers<GATHERS<P> ? BESIDE_COPYING_REGISTERS : CONSUMER_REGISTERS>();
     // From one lane, so that the compiler knows it to be the same in all: descriptors stay in uniform registers.
     consume<T, P>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }
@@ -291,6 +306,7 @@ cudaError_t up(const MoEUpParams& p, cudaStream_t stream) {
   w.a = rows_map<T>("x", p.x, e.rows, e.dim, TILE_ROWS / 2);
   w.b0 = weights_map<T>("w1", p.w1, e.count, e.hidden, e.dim, TILE_COLUMNS / 2);
   w.b1 = weights_map<T>("w3", p.w3, e.count, e.hidden, e.dim, TILE_COLUMNS / 2);
+  w.copies = copies_of(p.gather, p.x, e.dim);
   w.weights = p.weights;
   w.out = output_of<T>("h", p.h, e.rows, e.hidden, 2), w.activation = output_of<T>("a", p.a, e.rows, e.hidden);
   w.steps = w.first_steps = stages(e.dim);
@@ -312,6 +328,7 @@ template <typename T>
 cudaError_t down_backward(const MoEDownBackwardParams& p, cudaStream_t stream) {
   const Experts& e = p.experts;
   Work w{};
+  w.copies = copies_of(p.gather, p.dy, e.dim);
   w.a = rows_map<T>("dy", p.dy, e.rows, e.dim, TILE_ROWS / 2);
   w.b0 = w.b1 = weights_map<T>("w2", p.w2, e.count, e.dim, e.hidden, DEPTH);
   w.out = output_of<T>("da", p.da, e.rows, e.hidden);

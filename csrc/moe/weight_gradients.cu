@@ -12,6 +12,7 @@ namespace {
 
 // What a kernel is given: out[part][e] = a[rows of e, part]T b[rows of e], or +=; parts of `height` columns.
 struct Work {
+  Copies copies;
   CUtensorMap a, b, out[2];
   const int32_t* offsets;
   int32_t* claimed;
@@ -19,6 +20,9 @@ struct Work {
   int parts, high, columns;  // tiles that cover a part's height, and the width
   bool add;
 };
+
+// That somebody owns.
+__device__ __forceinline__ int total_rows(const Work& w) { return max(0, min(w.rows, w.offsets[w.experts])); }
 
 struct Tile {
   int expert, part, row, column;  // row and column of the result
@@ -45,7 +49,10 @@ __device__ __forceinline__ bool find(const Work& w, uint32_t rank, int index, Ti
 template <typename T>
 __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
   const uint32_t rank = rank_in_pair();
+  Arrived arrived{w.copies, total_rows(w)};
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
+    arrived.await(tile.first + k * DEPTH, tile.first + (k + 1) * DEPTH);
+    if (k % ASKING == ASKING / 2) arrived.more();
     const int row = tile.first + k * DEPTH, shared_column = int(rank) * (TILE_COLUMNS / 2);
 #pragma unroll
     for (int i = 0; i < TILE_ROWS; i += 64)
@@ -110,10 +117,14 @@ __global__ void __cluster_dims__(PAIR) __launch_bounds__(THREADS, 1) weight_grad
   auto& shared = shared_storage<Shared<T, Tile>>();
   prepare(shared);
   if (threadIdx.x < 128) {
-    fewer_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32 && elected()) produce<T>(w, shared);
+    fewer_registers<COPYING_REGISTERS>();
+    if (threadIdx.x < 32) {
+      if (elected()) produce<T>(w, shared);
+    } else if (w.copies.claimed) {
+      copy_rows(w.copies, total_rows(w));
+    }
   } else {
-    more_registers<CONSUMER_REGISTERS>();
+    more_registers<BESIDE_COPYING_REGISTERS>();
     consume<T, Out>(w, shared, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }
   cluster_sync();  // the other block may still write here
@@ -122,9 +133,10 @@ __global__ void __cluster_dims__(PAIR) __launch_bounds__(THREADS, 1) weight_grad
 // -------------------------------------------------------------------------------------------------------------- launch
 
 template <typename T, typename Out>
-cudaError_t run(const Experts& e, int32_t* claimed, const Matrix& a, const Matrix& b, int height, int width,
+cudaError_t run(const Experts& e, int32_t* claimed, const Copies& copies, const Matrix& a, const Matrix& b, int height, int width,
                 std::initializer_list<Weights> out, bool add, cudaStream_t stream) {
   Work w{};
+  w.copies = copies;
   w.a = rows_map<T>("the left rows", a, e.rows, int64_t(out.size()) * height, DEPTH);
   w.b = rows_map<T>("the right rows", b, e.rows, width, DEPTH);
   w.claimed = claimed, w.offsets = e.offsets, w.experts = e.count, w.rows = int(e.rows);
@@ -144,12 +156,13 @@ auto run_of(const Experts& e, const GradientSums& to) {
 }  // namespace
 
 cudaError_t moe_weight_gradient_down(const MoEWeightGradientDownParams& p, cudaStream_t stream) {
-  return run_of(p.experts, p.to)(p.experts, p.claimed, p.dy, p.a, p.columns, p.experts.hidden, {p.dw2}, p.to.add, stream);
+  return run_of(p.experts, p.to)(p.experts, p.claimed, copies_of(p.gather, p.dy, p.columns), p.dy, p.a, p.columns,
+                                 p.experts.hidden, {p.dw2}, p.to.add, stream);
 }
 
 cudaError_t moe_weight_gradient_up(const MoEWeightGradientUpParams& p, cudaStream_t stream) {
-  return run_of(p.experts, p.to)(p.experts, p.claimed, p.dh, p.x, p.experts.hidden, p.columns, {p.dw1, p.dw3}, p.to.add,
-                                 stream);
+  return run_of(p.experts, p.to)(p.experts, p.claimed, copies_of(p.gather, p.x, p.columns), p.dh, p.x, p.experts.hidden,
+                                 p.columns, {p.dw1, p.dw3}, p.to.add, stream);
 }
 
 }  // namespace flashmoe

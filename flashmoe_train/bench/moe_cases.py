@@ -62,6 +62,8 @@ class Case:
 STANDARD = [
     *(Case(name, *shape) for name, shape in SHAPES.items()),
     Case("Qwen3-30B T8192", 8192, *SHAPES["Qwen3-30B"][1:]),
+    Case("Qwen3-30B T1024", 1024, *SHAPES["Qwen3-30B"][1:]),  # 64 rows an expert
+    Case("fine 512", 16384, 2048, 256, 512, 8),
     Case("OLMoE", *SHAPES["OLMoE"], skew=1.0),
     Case("Qwen3-30B", *SHAPES["Qwen3-30B"], skew=1.0),
     Case("DeepSeek-V3", 32768, 7168, 2048, 256, 8),  # last: its weights and their gradients are 90 GB

@@ -72,6 +72,7 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
             "combine_backward_kernel",
             "finish_backward_kernel",
             "permute_kernel",
+            "prepare_gather_kernel",
             "count_kernel",
             "place_kernel",
             "plan_kernel",

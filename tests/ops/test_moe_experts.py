@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flashmoe_train.bench.measure import free
 from flashmoe_train.ops.moe import MoECase, WeightGradients, moe, moe_rows, route_plan, supports
 from flashmoe_train.ops.moe import reference as references
+from flashmoe_train.ops.moe.experts import LEAST_HIDDEN_BESIDE
 
 from .moe_cases import Case, backward_by_operators, parts_of_backward
 from .operators import ON_HOPPER, saving
@@ -253,12 +254,13 @@ def test_direct_call_names_the_wrong_argument(
 def most_alive(tokens: int, dim: int, hidden: int, experts: int, top_k: int) -> int:
     """Numbers that are alive at once where the most are, beside the inputs: docs/kernels/moe.md."""
     rows, dw = tokens * top_k, experts * hidden * dim
-    kept, last = 5 * hidden <= 3 * dim, hidden > dim
-    chunk = max(512, dim // (4 if experts * dim > rows else 1 if kept else 2))
+    beside, last = hidden >= LEAST_HIDDEN_BESIDE, hidden > dim
+    kept = not beside and 5 * hidden <= 3 * dim
+    chunk = max(512, dim // (4 if experts * dim > rows else 2 if beside and dim > 2 * hidden else 1))
     a = hidden * last  # still there
     return tokens * dim + max(
         rows * (3 * hidden + dim),  # forward: h, a and the rows of out
-        rows * (5 * hidden + dim * kept),  # h, dh, a, the rows of dout
+        rows * max(5 * hidden + dim * kept, 3 * hidden + dim),  # h, dh, a, the rows of dout
         rows * (3 * hidden + (dim if kept else chunk)) + dw,
         rows * (2 * hidden + a + dim) + (0 if last else dw) + tokens * dim,  # dh and the rows of dx
         rows * (2 * hidden + a + chunk) + (2 if last else 3) * dw + tokens * dim,
@@ -272,6 +274,7 @@ def most_alive(tokens: int, dim: int, hidden: int, experts: int, top_k: int) -> 
     [
         Case(4096, 1024, 512, 8, 4),  # most beside the rows of dout
         Case(4096, 1024, 768, 8, 4),  # most in SwiGLU's gradient
+        Case(4096, 2048, 768, 8, 4),  # and rows in halves
         Case(4096, 1024, 2048, 32, 4),  # most beside the gradients of w1 and w3
     ],
     ids=str,

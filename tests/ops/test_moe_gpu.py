@@ -165,6 +165,17 @@ ROUTINGS = [
     Case(100, 8, 8, experts=4096, top_k=2),  # the most there may be
     Case(2000, 264, 264, experts=4, top_k=1, routing="one"),
     Case(0, 264, 264, experts=512, top_k=8),
+    # Of experts so wide that their products copy tokens themselves.
+    *(
+        Case(300, 136, 776, 8, 2, routing)
+        for routing in ("random", "one", "even", "skipped", "duplicate", "nobody", "zipf")
+    ),
+    Case(1, 136, 776, experts=4, top_k=1),
+    Case(0, 264, 776, experts=8, top_k=2),
+    Case(600, 264, 776, experts=4, top_k=3, routing="one"),
+    Case(3000, 264, 776, experts=64, top_k=8, routing="zipf"),
+    Case(700, 1032, 776, experts=512, top_k=8),  # and most of all are gradients
+    Case(9000, 2056, 776, experts=3, top_k=2),  # in halves
 ]
 
 
@@ -208,7 +219,7 @@ def test_random_cases(chunk: int) -> None:
         case = Case(
             tokens=pick(0, 1, 2, 7, 31, 63, 64, 65, 100, 127, 128, 129, 200, 300),
             dim=pick(8, 16, 40, 56, 64, 72, 128, 136, 200, 256, 264, 328),
-            hidden=pick(8, 16, 40, 56, 64, 72, 128, 136, 200, 256, 264, 328),
+            hidden=pick(8, 16, 40, 56, 64, 72, 128, 136, 200, 256, 264, 328, 768, 776, 1032),
             experts=experts,
             top_k=min(top_k, experts) if routing in ("random", "zipf") else top_k,
             routing=routing,

@@ -658,6 +658,7 @@ def test_direct_call_of_up_backward_names_the_wrong_argument(name: str, change: 
         ops.moe_up_backward(*(given[name] for name in ("dh", "w1", "w3", "offsets", "row_slot", "slot_row")))
 
 
+@pytest.mark.parametrize("hidden", [16, 768])  # permuted before the products, copied beside them
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(
     "wrong",
@@ -669,12 +670,12 @@ def test_direct_call_of_up_backward_names_the_wrong_argument(name: str, change: 
         "slot_row[0] = slot_row[1]",
     ],
 )
-def test_wrong_map_is_asserted_on_the_device(wrong: str, backward: bool) -> None:
-    call = "moe_down_backward(x, w, None, h" if backward else "moe_forward(x, w, w, w, None"
+def test_wrong_map_is_asserted_on_the_device(wrong: str, backward: bool, hidden: int) -> None:
+    call = "moe_down_backward(x, w2, None, h" if backward else "moe_forward(x, w, w2, w, None"
     program = (
         "import torch\nfrom flashmoe_train.ops.moe import route_plan\n"
-        "x, w = (torch.ones(s, device='cuda', dtype=torch.bfloat16) for s in ((8, 16), (4, 16, 16)))\n"
-        "h = torch.ones(16, 32, device='cuda', dtype=torch.bfloat16)\n"
+        "ones = lambda *size: torch.ones(size, device='cuda', dtype=torch.bfloat16)\n"
+        f"x, w, w2, h = ones(8, 16), ones(4, {hidden}, 16), ones(4, 16, {hidden}), ones(16, 2 * {hidden})\n"
         "ids = torch.arange(16, device='cuda').view(8, 2) % 4\n"
         f"offsets, row_slot, slot_row = route_plan(ids, 4)\n{wrong}\n"
         f"torch.ops.flashmoe.{call}, offsets, row_slot, slot_row, 'combine'{', True' * backward})\n"
