@@ -110,7 +110,6 @@ def _kernels(profiles: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-# On two GPUs the recipes for four, with half of the layers where the memory is that of the parameters.
 _SMALL = ("training.steps=3", "training.seq_len=32", "training.validate_steps=1", "model.num_hidden_layers=1")
 
 BENCHES: tuple[Bench, ...] = (
@@ -119,6 +118,7 @@ BENCHES: tuple[Bench, ...] = (
         title="A training step under TorchTitan",
         rate="tokens_per_s_per_gpu",
         standard=[
+            # On two GPUs the recipes for four, with half of the layers where the memory is that of the parameters.
             Case("deepseek_v3_16b_4gpu", 2, ("model.num_hidden_layers=13", OUR_EXCHANGE, *LOGGED_SELDOM)),
             Case("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12", OUR_EXCHANGE, *LOGGED_SELDOM)),
             Case("llama3_8b_4gpu", 2, LOGGED_SELDOM),

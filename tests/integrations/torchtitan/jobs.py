@@ -150,6 +150,10 @@ def _prepare_flavor(tables: dict[str, Any], sizes: Sizes) -> None:
     flavor = job.get_train_spec(tables["model"]["name"]).model_args[tables["model"]["flavor"]]
     if hasattr(flavor, "moe_args"):
         flavor.moe_args.use_grouped_mm = tables["training"]["mixed_precision_param"] == "bfloat16"
+    resize(flavor, sizes)
+
+
+def resize(flavor: Any, sizes: Sizes) -> None:
     for name, size in sizes.items():
         assert hasattr(flavor, name)
         setattr(flavor, name, size)

@@ -85,8 +85,7 @@ TOLERANCE = 2e-2
 def sizes_of(model: str) -> Sizes:
     """Of the debug model as it is trained here."""
     flavor = copy.copy(job.get_train_spec(model).model_args["debugmodel"])
-    for name, size in SIZES[model].items():
-        setattr(flavor, name, size)
+    jobs.resize(flavor, SIZES[model])
     return compat.sizes(flavor)
 
 
