@@ -152,7 +152,7 @@ def check_late() -> None:
         for products in (True, False):
             with pytest.MonkeyPatch.context() as patch:
                 if rank == who and products:
-                    patch.setattr(operator, "moe_weight_gradient_up", late(operator.moe_weight_gradient_up))
+                    patch.setattr(operator, "moe_weight_gradient_up_", late(operator.moe_weight_gradient_up_))
                 elif rank == who:
                     patch.setattr(exchange.transport, "_launch", lambda op, *given: launch(late(op), *given))
                 for _ in range(5):
