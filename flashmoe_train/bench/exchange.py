@@ -72,7 +72,6 @@ class Ours:
         )
 
     def transport(self, x: Tensor, ids: Tensor, weights: Tensor, position: Tensor, counts: Tensor) -> Arrived:
-        """With a launch that says that tokens have been read, which in a layer's forward combine does."""
         arrived = self.exchange.transport.dispatch(x, position, counts, 0, ids, weights)
         self.exchange.transport.release()
         return arrived

@@ -141,22 +141,20 @@ def check_late() -> None:
     wanted = step()
 
     def late(function: Callable) -> Callable:
-        def call(*given: object) -> object:
+        def call(*given: object, **named: object) -> object:
             torch.cuda._sleep(1_000_000)
-            return function(*given)
+            return function(*given, **named)
 
         return call
 
-    launch = exchange.transport._launch
+    transport = exchange.transport
     for who in range(world):
-        for products in (True, False):
+        for slow in ((operator, "moe_weight_gradient_up_"), (transport, "dispatch"), (transport, "combine")):
             with pytest.MonkeyPatch.context() as patch:
-                if rank == who and products:
-                    patch.setattr(operator, "moe_weight_gradient_up_", late(operator.moe_weight_gradient_up_))
-                elif rank == who:
-                    patch.setattr(exchange.transport, "_launch", lambda op, *given: launch(late(op), *given))
+                if rank == who:
+                    patch.setattr(*slow, late(getattr(*slow)))
                 for _ in range(5):
-                    assert all(torch.equal(a, b) for a, b in zip(step(), wanted, strict=True)), (who, products)
+                    assert all(torch.equal(a, b) for a, b in zip(step(), wanted, strict=True)), (who, slow[1])
     exchange.check()
 
 

@@ -107,8 +107,8 @@ class PeerMemory:
         self.unread = 0  # channels, as bits, that have brought tokens which may still be read
         # What runs beside computation. Of high priority, or its few blocks would come after those of a whole product.
         self.side = torch.cuda.Stream(device, priority=-1)
-        # What is read and written there: memory of the stream that it forks off from, allocated before the fork and
-        # kept until the join. Whoever had it was launched before the fork, whoever gets it is launched after the join.
+        # What is read and written there. Nothing is allocated for that stream: these tensors are of the stream that it
+        # forks off from, whose memory nobody else gets as long as they are kept, and that is until it has been joined.
         self.kept: list[tuple] = []
 
     def _shared(
