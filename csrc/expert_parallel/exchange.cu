@@ -81,17 +81,13 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(ExchangePlanParams p
 
 // ------------------------------------------------------------------------------------------------------------ dispatch
 
-// That the channels in `read` have been read: whatever did was launched before, so it has ended. By the threads of a block.
-__device__ void say_read(const Link& link, int read) {
-  if (threadIdx.x < link.world)
+// Until everybody has read what this rank sent by the channel before. By all threads of all blocks; returns the new epoch.
+// Says first that the channels in `read` have been read: whatever did was launched before, so it has ended.
+__device__ int32_t begin_sending(const Link& link, int read) {
+  if (blockIdx.x == 0 && threadIdx.x < link.world)
     for (int channel = 0; channel < CHANNELS; ++channel)
       if (read >> channel & 1)
         store_release(at(link, threadIdx.x, signal(link, channel, READ, link.rank)), word(link, channel, EPOCH));
-}
-
-// Until everybody has read what this rank sent by the channel before. By all threads of all blocks; returns the new epoch.
-__device__ int32_t begin_sending(const Link& link, int read) {
-  if (blockIdx.x == 0) say_read(link, read);
   const int32_t epoch = word(link, link.channel, EPOCH) + 1;
   if (threadIdx.x < link.world) await(link, READ, threadIdx.x, epoch - 1);
   __syncthreads();
@@ -155,8 +151,6 @@ __global__ void __launch_bounds__(PUSH_THREADS, 1) dispatch_kernel(DispatchParam
 __global__ void __launch_bounds__(32) wait_kernel(Link link) {
   if (threadIdx.x < link.world) await(link, ARRIVED, threadIdx.x, word(link, link.channel, EPOCH));
 }
-
-__global__ void __launch_bounds__(32) release_kernel(Link link, int read) { say_read(link, read); }
 
 __global__ void __launch_bounds__(256) receive_kernel(ReceiveParams p) {
   const Link& link = p.link;
@@ -301,11 +295,6 @@ cudaError_t exchange_dispatch(const DispatchParams& p, cudaStream_t stream) {
 
 cudaError_t exchange_wait(const Link& link, cudaStream_t stream) {
   wait_kernel<<<1, 32, 0, stream>>>(link);
-  return cudaGetLastError();
-}
-
-cudaError_t exchange_release(const Link& link, int read, cudaStream_t stream) {
-  release_kernel<<<1, 32, 0, stream>>>(link, read);
   return cudaGetLastError();
 }
 

@@ -49,7 +49,7 @@ struct ExchangePlanParams {
 cudaError_t exchange_plan(const ExchangePlanParams& params, cudaStream_t stream);
 
 // Row position[t, w] of this rank's part of rank w's `rows` becomes x[t], for all t and w. Says before that the channels in
-// `read`, a mask, have been read: by what was launched earlier on the same stream, or what that has waited for.
+// `read`, a mask, have been read.
 struct DispatchParams {
   Link link;
   const void* x;            // [T, d]
@@ -66,10 +66,6 @@ cudaError_t exchange_dispatch(const DispatchParams& params, cudaStream_t stream)
 
 // Returns when everything has arrived, in the order of the stream.
 cudaError_t exchange_wait(const Link& link, cudaStream_t stream);
-
-// Says that the channels in `read` have been read, as above. For readers beside which the last exchange already runs: were it
-// left to the next one to say, nobody could send its next tokens before this rank gets there.
-cudaError_t exchange_release(const Link& link, int read, cudaStream_t stream);
 
 // What has arrived, copied to memory of this rank's own: counts, and of each place ids among the experts here and weights.
 struct ReceiveParams {

@@ -1,4 +1,4 @@
-// ep_plan, ep_dispatch, ep_combine and ep_release on CUDA: checks, registration. flashmoe_train/ops/expert_parallel has their
+// ep_plan, ep_dispatch and ep_combine on CUDA: checks, allocation, registration. flashmoe_train/ops/expert_parallel has their
 // schemas.
 #include <climits>
 #include <optional>
@@ -63,36 +63,32 @@ std::tuple<Tensor, Tensor> plan(const Tensor& ids, int64_t experts, int64_t worl
   return {position, counts};
 }
 
-// What whoever tells others something is given, checked.
-Link link_of(const Tensor& first, const Tensor& signals, const Tensor& state, const Tensor& distance, int64_t rank) {
+// What both directions are given, checked.
+Link link_of(const Tensor& rows, const Tensor& signals, const Tensor& state, const Tensor& distance,
+             const Tensor& report, int64_t rank, int64_t channel, int64_t layer, double timeout) {
   const int64_t world = distance.numel();
   STD_TORCH_CHECK(world >= 2 && world <= MOST_RANKS, "peer memory connects 2 to ", MOST_RANKS, " ranks, found ", world);
   STD_TORCH_CHECK(rank >= 0 && rank < world, "rank must be one of the ", world, " ranks, found ", rank);
-  check_shape("distance", distance, {world}, ScalarType::Long, first);
-  check_shape("signals", signals, {CHANNELS, SIGNALS, world}, ScalarType::Int, first);
-  check_shape("state", state, {STATE_WORDS}, ScalarType::Int, first);
-  Link link{};
-  link.distance = distance.const_data_ptr<int64_t>();
-  link.signals = signals.mutable_data_ptr<int32_t>(), link.state = state.mutable_data_ptr<int32_t>();
-  link.world = int(world), link.rank = int(rank);
-  return link;
-}
-
-// What both directions are given besides.
-void waits_for(Link& link, const Tensor& report, int64_t channel, int64_t layer, double timeout) {
   STD_TORCH_CHECK(channel >= 0 && channel < CHANNELS, "channel must be one of ", CHANNELS, ", found ", channel);
   STD_TORCH_CHECK(timeout > 0 && timeout < 1e6, "timeout must be positive seconds, found ", timeout);
+  check_shape("distance", distance, {world}, ScalarType::Long, rows);
+  check_shape("signals", signals, {CHANNELS, SIGNALS, world}, ScalarType::Int, rows);
+  check_shape("state", state, {STATE_WORDS}, ScalarType::Int, rows);
   STD_TORCH_CHECK(!report.is_cuda() && report.scalar_type() == ScalarType::Int && report.numel() == REPORT_WORDS,
                   "report must be ", int(REPORT_WORDS), " Int in host memory, found ", text(report));
-  link.report = report.mutable_data_ptr<int32_t>(), link.patience = int64_t(timeout * 1e9);
-  link.channel = int(channel), link.layer = int(layer);
+  return {distance.const_data_ptr<int64_t>(),
+          signals.mutable_data_ptr<int32_t>(),
+          state.mutable_data_ptr<int32_t>(),
+          report.mutable_data_ptr<int32_t>(),
+          int64_t(timeout * 1e9),
+          int(world),
+          int(rank),
+          int(channel),
+          int(layer)};
 }
 
-void check_blocks(int64_t blocks) {
+void check_sending(int64_t blocks, int64_t read) {
   STD_TORCH_CHECK(blocks >= 1 && blocks <= MOST_BLOCKS, "blocks must be 1 to ", MOST_BLOCKS, ", found ", blocks);
-}
-
-void check_channels(int64_t read) {
   STD_TORCH_CHECK(read >= 0 && read < 1 << CHANNELS, "read must be a set of ", CHANNELS, " channels, found ", read);
 }
 
@@ -102,16 +98,16 @@ Tensor aligned(const Tensor& x) {
   return fits ? x : torch::stable::clone(x);
 }
 
-void dispatch(const Tensor& x, const Tensor& position, const Tensor& counts, const std::optional<Tensor>& ids,
-              const std::optional<Tensor>& weights, const Tensor& rows, const Tensor& routing, const Tensor& arrived,
-              const std::optional<Tensor>& arrived_ids, const std::optional<Tensor>& arrived_weights,
-              const Tensor& signals, const Tensor& state, const Tensor& distance, const Tensor& report, int64_t rank,
-              int64_t channel, int64_t layer, int64_t here, double timeout, int64_t blocks, int64_t read) {
+std::tuple<Tensor, Tensor, Tensor> dispatch(const Tensor& x, const Tensor& position, const Tensor& counts,
+                                            const std::optional<Tensor>& ids, const std::optional<Tensor>& weights,
+                                            const Tensor& rows, const Tensor& routing, const Tensor& signals,
+                                            const Tensor& state, const Tensor& distance, const Tensor& report,
+                                            int64_t rank, int64_t channel, int64_t layer, int64_t here, double timeout,
+                                            int64_t blocks, int64_t read) {
   check_rows("x", x);
   const DeviceGuard guard(x.get_device_index());
   DispatchParams p{};
-  p.link = link_of(x, signals, state, distance, rank);
-  waits_for(p.link, report, channel, layer, timeout);
+  p.link = link_of(x, signals, state, distance, report, rank, channel, layer, timeout);
   const int64_t world = p.link.world, tokens = x.size(0);
   STD_TORCH_CHECK(rows.dim() == 3 && routing.dim() == 3, "rows and routing must have 3 dimensions, found ", text(rows),
                   ", ", text(routing));
@@ -120,21 +116,13 @@ void dispatch(const Tensor& x, const Tensor& position, const Tensor& counts, con
   check_shape("routing", routing, {world, places, 2 * slots}, ScalarType::Int, x);
   check_shape("position", position, {tokens, world}, ScalarType::Int, x);
   check_shape("counts", counts, {world}, ScalarType::Int, x);
-  check_blocks(blocks), check_channels(read);
+  check_sending(blocks, read);
   STD_TORCH_CHECK(tokens <= places, "x must be of at most ", places, " tokens, found ", tokens);
-  ReceiveParams r{};
-  check_shape("arrived", arrived, {world}, ScalarType::Int, x);
-  const bool routed = ids.has_value();
-  STD_TORCH_CHECK(weights.has_value() == routed && arrived_ids.has_value() == routed &&
-                      arrived_weights.has_value() == routed,
-                  "ids and weights go together, and with those that arrive");
-  if (routed) {
+  STD_TORCH_CHECK(ids.has_value() == weights.has_value(), "ids and weights go together");
+  if (ids) {
     check_shape("ids", *ids, {tokens, slots}, ScalarType::Int, x);
     check_shape("weights", *weights, {tokens, slots}, ScalarType::Float, x);
-    check_shape("arrived_ids", *arrived_ids, {world * places, slots}, ScalarType::Int, x);
-    check_shape("arrived_weights", *arrived_weights, {world * places, slots}, ScalarType::Float, x);
     p.ids = ids->const_data_ptr<int32_t>(), p.weights = weights->const_data_ptr<float>();
-    r.ids = arrived_ids->mutable_data_ptr<int32_t>(), r.weights = arrived_weights->mutable_data_ptr<float>();
   }
   const Tensor source = aligned(x);
   p.x = source.const_data_ptr();
@@ -145,22 +133,29 @@ void dispatch(const Tensor& x, const Tensor& position, const Tensor& counts, con
   p.slots = int(slots), p.blocks = int(blocks), p.read = int(read);
   const cudaStream_t stream = current_stream(x);
   check_launch(exchange_dispatch(p, stream));
+
+  const int64_t received = ids ? world * places : 0;
+  Tensor own_counts = new_empty(counts, {world});
+  Tensor own_ids = new_empty(counts, {received, slots});
+  Tensor own_weights = new_empty(counts, {received, slots}, ScalarType::Float);
   check_launch(exchange_wait(p.link, stream));
-  r.link = p.link, r.routing = routed ? p.routing : nullptr, r.counts = arrived.mutable_data_ptr<int32_t>();
-  r.places = places, r.slots = int(slots), r.here = int(here);
-  check_launch(exchange_receive(r, stream));
+  check_launch(exchange_receive({p.link, ids ? p.routing : nullptr, own_counts.mutable_data_ptr<int32_t>(),
+                                 own_ids.mutable_data_ptr<int32_t>(), own_weights.mutable_data_ptr<float>(), places,
+                                 int(slots), int(here)},
+                                stream));
+  return {own_counts, own_ids, own_weights};
 }
 
-void combine(const Tensor& rows, const Tensor& position, const Tensor& arrived, const std::optional<Tensor>& values,
-             const std::optional<Tensor>& ids, const Tensor& sums, const Tensor& slot_values, const Tensor& out,
-             const std::optional<Tensor>& dslots, const Tensor& signals, const Tensor& state, const Tensor& distance,
-             const Tensor& report, int64_t rank, int64_t channel, int64_t layer, int64_t here, double timeout,
-             int64_t blocks, int64_t read) {
+std::tuple<Tensor, Tensor> combine(const Tensor& rows, const Tensor& position, const Tensor& arrived,
+                                   const std::optional<Tensor>& values, const std::optional<Tensor>& ids,
+                                   const Tensor& sums, const Tensor& slot_values, const Tensor& signals,
+                                   const Tensor& state, const Tensor& distance, const Tensor& report, int64_t rank,
+                                   int64_t channel, int64_t layer, int64_t here, double timeout, int64_t blocks,
+                                   int64_t read) {
   check_rows("rows", rows);
   const DeviceGuard guard(rows.get_device_index());
   ReturnParams p{};
-  p.link = link_of(rows, signals, state, distance, rank);
-  waits_for(p.link, report, channel, layer, timeout);
+  p.link = link_of(rows, signals, state, distance, report, rank, channel, layer, timeout);
   const int64_t world = p.link.world;
   STD_TORCH_CHECK(sums.dim() == 3 && slot_values.dim() == 3 && position.dim() == 2,
                   "sums and slot_values must have 3 dimensions, position 2, found ", text(sums), ", ",
@@ -171,19 +166,17 @@ void combine(const Tensor& rows, const Tensor& position, const Tensor& arrived, 
   check_shape("slot_values", slot_values, {world, places, slots}, ScalarType::Float, rows);
   check_shape("position", position, {tokens, world}, ScalarType::Int, rows);
   check_shape("arrived", arrived, {world}, ScalarType::Int, rows);
-  check_blocks(blocks), check_channels(read);
+  check_sending(blocks, read);
   STD_TORCH_CHECK(here >= 1, "here must be at least 1, found ", here);
-  STD_TORCH_CHECK(values.has_value() == ids.has_value() && values.has_value() == dslots.has_value(),
-                  "values, ids and dslots go together");
-  check_shape("out", out, {tokens, rows.size(1)}, rows.scalar_type(), rows);
+  STD_TORCH_CHECK(values.has_value() == ids.has_value(), "values and ids go together");
   const Tensor source = aligned(rows);
+  Tensor out = new_empty(rows, {tokens, rows.size(1)});
+  Tensor dslots = new_empty(rows, {values ? tokens : 0, slots}, ScalarType::Float);
   SumParams s{};
   if (values) {
     check_shape("values", *values, {world * places, slots}, ScalarType::Float, rows);
     check_shape("ids", *ids, {tokens, slots}, ScalarType::Int, rows);
-    check_shape("dslots", *dslots, {tokens, slots}, ScalarType::Float, rows);
     p.values = values->const_data_ptr<float>(), s.ids = ids->const_data_ptr<int32_t>();
-    s.dslots = dslots->mutable_data_ptr<float>();
   }
   p.rows = source.const_data_ptr(), p.arrived = arrived.const_data_ptr<int32_t>();
   p.sums = sums.mutable_data_ptr(), p.slot_values = slot_values.mutable_data_ptr<float>();
@@ -196,18 +189,11 @@ void combine(const Tensor& rows, const Tensor& position, const Tensor& arrived, 
 
   s.link = p.link, s.rows = p.rows, s.values = p.values, s.sums = p.sums, s.slot_values = p.slot_values;
   s.position = position.const_data_ptr<int32_t>();
-  s.out = out.mutable_data_ptr();
+  s.out = out.mutable_data_ptr(), s.dslots = dslots.mutable_data_ptr<float>();
   s.tokens = tokens, s.places = places, s.rows_stride_bytes = p.rows_stride_bytes, s.row_bytes = p.row_bytes;
   s.slots = int(slots), s.here = int(here), s.half = rows.scalar_type() == ScalarType::Half;
   check_launch(exchange_sum(s, stream));
-}
-
-void release(const Tensor& signals, const Tensor& state, const Tensor& distance, int64_t rank, int64_t read) {
-  STD_TORCH_CHECK(signals.is_cuda(), "signals must be on a CUDA device like the other tensors");
-  const DeviceGuard guard(signals.get_device_index());
-  const Link link = link_of(signals, signals, state, distance, rank);
-  check_channels(read);
-  check_launch(exchange_release(link, int(read), current_stream(signals)));
+  return {out, dslots};
 }
 
 }  // namespace
@@ -217,5 +203,4 @@ STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   m.impl("ep_plan", TORCH_BOX(&flashmoe::plan));
   m.impl("ep_dispatch", TORCH_BOX(&flashmoe::dispatch));
   m.impl("ep_combine", TORCH_BOX(&flashmoe::combine));
-  m.impl("ep_release", TORCH_BOX(&flashmoe::release));
 }

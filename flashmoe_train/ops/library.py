@@ -59,7 +59,6 @@ COMPILED = frozenset(
         "ep_plan",
         "ep_dispatch",
         "ep_combine",
-        "ep_release",
     }
 )
 

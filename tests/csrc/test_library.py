@@ -78,7 +78,6 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
             "plan_kernel",
             "dispatch_kernel",
             "wait_kernel",
-            "release_kernel",
             "receive_kernel",
             "return_kernel",
             "sum_kernel",
@@ -192,10 +191,8 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
         "    (ops.moe_combine, (x, index, None)),\n"
         "    (ops.moe_combine_backward, (x, x, index, torch.ones(4, 2))),\n"
         "    (ops.ep_plan, (index, 4, 2)),\n"
-        "    (ops.ep_dispatch, (x, index, index[0], None, None, x, *[index] * 2, None, None,"
-        "                       *[index] * 4, 0, 0, 0, 2, 1.0, 1, 0)),\n"
-        "    (ops.ep_combine, (x, index, index[0], None, None, *[x] * 3, None, *[index] * 4, 0, 0, 0, 2, 1.0, 1, 0)),\n"
-        "    (ops.ep_release, (index, index, index, 0, 0)),\n"
+        "    (ops.ep_dispatch, (x, index, index[0], None, None, x, *[index] * 5, 0, 0, 0, 2, 1.0, 1, 0)),\n"
+        "    (ops.ep_combine, (x, index, index[0], None, None, x, x, *[index] * 4, 0, 0, 0, 2, 1.0, 1, 0)),\n"
         "):\n"
         "    try:\n"
         "        op.default.redispatch(on_gpu, *arguments)\n"
@@ -208,7 +205,7 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
         f"{name} must be on a CUDA device like the other tensors"
         for name in (
             *("q", "q", "ids", "logits", "logits", "gate", "gate", "x", "dout", "dh", "x", "rows", "rows"),
-            *("ids", "x", "rows", "signals"),
+            *("ids", "x", "rows"),
         )
     ]
 

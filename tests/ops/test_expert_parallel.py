@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flashmoe_train.ops.expert_parallel import Exchange, ExchangeCase, ep_plan, routed_experts, supports
-from flashmoe_train.ops.expert_parallel.collective import Arrived, Collective
 from flashmoe_train.ops.moe import WeightGradients
 
 from .. import processes
@@ -101,60 +99,6 @@ def check_equals_one_process(tokens: list[tuple[int, ...]]) -> None:
             assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), shared
             assert not exchange.lost.any(), shared
             exchange.close()
-
-
-class Latest(Collective):
-    """A transport that does everything as late as it may: what runs beside computation when it is joined. And that
-    others overwrite arrived tokens as soon as they are told that these have been read."""
-
-    def __init__(self, *of: Any) -> None:
-        super().__init__(*of)
-        self.waiting: list[Callable[[], object]] = []
-        self.unread: list[Tensor] = []
-        self.beside = 0
-
-    def dispatch(self, *given: Any, beside: bool = False) -> Arrived:  # type: ignore[override]
-        arrived = super().dispatch(*given)
-        if beside:
-            arrived = arrived._replace(rows=self._late(arrived.rows))
-        self.unread.append(arrived.rows)
-        return arrived
-
-    def combine(self, *given: Any, beside: bool = False) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        out, slots = super().combine(*given)
-        if not beside:
-            self.release()
-            return out, slots
-        assert slots is not None
-        return self._late(out), self._late(slots)
-
-    def release(self) -> None:
-        while self.unread:
-            self.unread.pop().fill_(torch.nan)
-
-    def join(self) -> None:
-        while self.waiting:
-            self.waiting.pop(0)()
-
-    def _late(self, found: Tensor) -> Tensor:
-        later, self.beside = torch.full_like(found, torch.nan), self.beside + 1
-        self.waiting.append(partial(later.copy_, found))
-        return later
-
-
-def check_beside() -> None:
-    """Backward reads nothing before it has joined what brings it, and no tokens after it has released them."""
-    for hidden in (12, 24):  # dw2 is made before or after dx
-        shared = Shared("random", (9, 5), hidden=hidden)
-        exchange, late = exchange_for(shared), exchange_for(shared)
-        late.transport = Latest(dist.group.WORLD, shared.experts, max(shared.tokens))
-        for found, wanted in zip(run(shared, late), run(shared, exchange), strict=True):
-            assert torch.equal(found, wanted)
-        sums = [[torch.zeros_like(dw) for dw in run(shared, exchange)[2:5]] for _ in range(2)]
-        for where, to in ((late, sums[0]), (exchange, sums[1])):
-            run(shared, where, gradients=WeightGradients(*to))
-        assert all(torch.equal(a, b) for a, b in zip(*sums, strict=True))
-        assert late.transport.beside == 2 * 3  # x, dx and dweights; two backwards
 
 
 def check_added(shared: Shared, where: dict[str, Any]) -> None:
@@ -286,7 +230,6 @@ def check_two() -> None:
     shared = Shared("random", (9, 7))
     check_layers(shared, exchange_for(shared), compiled=True)
     check_overflow({}, {})
-    check_beside()
     for dtype in (torch.float32, torch.bfloat16):
         check_added(shared, {"dtype": dtype})
     check_wide(shared, {"dtype": torch.bfloat16})

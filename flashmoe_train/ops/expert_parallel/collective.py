@@ -35,14 +35,8 @@ class Collective:
         layer: int,
         ids: Tensor | None = None,
         weights: Tensor | None = None,
-        *,
-        beside: bool = False,
     ) -> Arrived:
-        """Tokens `[T, d]` to where the plan says, with their routing if it is given.
-
-        `beside` allows to exchange beside what is launched afterwards: what this returns may be read by what is
-        launched after `join`.
-        """
+        """Tokens `[T, d]` to where the plan says, with their routing if it is given."""
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.group)
         rows = self._send(x, position, counts, arriving, float("nan"))  # whoever reads empty places shall notice
@@ -62,15 +56,9 @@ class Collective:
         layer: int,
         values: Tensor | None = None,
         ids: Tensor | None = None,
-        *,
-        beside: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Of every token the sum over ranks, in order, of what they have computed of it: `[S, d]` there, `[T, d]` here.
-        And of every slot the value `[S, K]` of the rank that has its expert: `[T, K]`, 0 of skipped ones.
-
-        `beside` as in `dispatch`. Without it all that reads arrived tokens has been launched before; with it they may
-        still be read, until `release`.
-        """
+        And of every slot the value `[S, K]` of the rank that has its expert: `[T, K]`, 0 of skipped ones."""
         goes = position >= 0  # in the order of tokens, as the plan numbers them
         wide = torch.promote_types(rows.dtype, torch.float32)
         out = rows.new_zeros(position.shape[0], rows.shape[1], dtype=wide)
@@ -85,10 +73,7 @@ class Collective:
         return out.to(rows.dtype), slots
 
     def release(self) -> None:
-        """Whatever reads the tokens that have arrived has been launched: others may overwrite them."""
-
-    def join(self) -> None:
-        """What is launched from now on comes after all that was launched `beside`. Here nothing is."""
+        """Nobody waits for what has arrived to be read."""
 
     def failure(self) -> tuple[int, int, str] | None:
         """The backend raises errors of its own."""

@@ -145,22 +145,15 @@ def _exchanged(
     layer: int,
     score_mode: str,
 ) -> tuple[Tensor, Tensor, Any, Any]:
-    """dx, dweights, and what `down` and `up` give, which `experts_backward` calls. Only dout is waited for: x arrives
-    beside the products until `up`, and dx is combined beside the gradients of weights that follow it."""
+    """dx, dweights, and what `down` and `up` give, which `experts_backward` calls: all that reads arrived tokens is
+    launched between the exchanges."""
     own = by_name(exchange)
     own.check()
-    transport = own.transport
-    douts = transport.dispatch(dout, position, counts, layer).rows
-    tokens = transport.dispatch(x, position, counts, layer, beside=True).rows
-
-    def combine(drows: Tensor, dslots: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        transport.join()  # `up` comes next, and reads tokens
-        return transport.combine(drows, position, counts, arrived, layer, dslots, ids.contiguous(), beside=True)
-
+    douts = own.transport.dispatch(dout, position, counts, layer).rows
+    tokens = own.transport.dispatch(x, position, counts, layer).rows
     saved = [tokens, *rounded(x, w1, w2, w3), arrived_weights, offsets, row_slot, slot_row, h]
-    dx, dweights, *dw = experts_backward(douts, saved, score_mode, down, up, then=combine)
-    transport.release()
-    transport.join()
+    drows, dslots, *dw = experts_backward(douts, saved, score_mode, down, up)
+    dx, dweights = own.transport.combine(drows, position, counts, arrived, layer, dslots, ids.contiguous())
     assert dweights is not None
     return dx, dweights, *dw
 

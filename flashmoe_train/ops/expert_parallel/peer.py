@@ -3,13 +3,11 @@
 The host launches kernels and waits for nothing: counts, epochs and flags are on the devices. Memory is PyTorch's
 symmetric memory: of each of four channels what other ranks write there, and the flags of all. Two channels bring tokens
 and two bring sums, in turns: gradients need two sorts of tokens at once, and what one use still reads the next does not
-wait for. csrc/expert_parallel/exchange.h says how ranks know what they may overwrite,
-docs/kernels/expert_parallel.md why what runs beside computation can neither stop it nor be overtaken by it.
+wait for. csrc/expert_parallel/exchange.h says how ranks know what they may overwrite.
 """
 
 import math
 import os
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -19,18 +17,19 @@ from flashmoe_train.ops.expert_parallel.collective import Arrived
 from flashmoe_train.ops.library import LIBRARY, TAGS, has_kernel
 
 _LINK = (
-    "Tensor(f!) signals, Tensor(g!) state, Tensor distance, Tensor(h!) report, int rank, int channel, int layer,"
+    "Tensor(c!) signals, Tensor(d!) state, Tensor distance, Tensor(e!) report, int rank, int channel, int layer,"
     " int here, float timeout, int blocks, int read"
 )
-for schema in (
+LIBRARY.define(
     "ep_dispatch(Tensor x, Tensor position, Tensor counts, Tensor? ids, Tensor? weights, Tensor(a!) rows,"
-    " Tensor(b!) routing, Tensor(c!) arrived, Tensor(d!)? arrived_ids, Tensor(e!)? arrived_weights,"
-    f" {_LINK}) -> ()",
+    f" Tensor(b!) routing, {_LINK}) -> (Tensor arrived, Tensor arrived_ids, Tensor arrived_weights)",
+    tags=TAGS,
+)
+LIBRARY.define(
     "ep_combine(Tensor rows, Tensor position, Tensor arrived, Tensor? values, Tensor? ids, Tensor(a!) sums,"
-    f" Tensor(b!) slot_values, Tensor(c!) out, Tensor(d!)? dslots, {_LINK}) -> ()",
-    "ep_release(Tensor(a!) signals, Tensor state, Tensor distance, int rank, int read) -> ()",
-):
-    LIBRARY.define(schema, tags=TAGS)
+    f" Tensor(b!) slot_values, {_LINK}) -> (Tensor out, Tensor dslots)",
+    tags=TAGS,
+)
 
 MOST_RANKS = 8
 BLOCKS = 32  # that push: more gain little, and take multiprocessors from whatever runs beside
@@ -104,12 +103,7 @@ class PeerMemory:
         self.coming, self.returning = (list(zip(p[::2], p[1::2], strict=True)) for p in (parts[1:5], parts[5:9]))
         self.report = torch.zeros(_REPORT_WORDS, dtype=torch.int32, pin_memory=True)
         self.dispatches = self.combines = 0
-        self.unread = 0  # channels, as bits, that have brought tokens which may still be read
-        # What runs beside computation. Of high priority, or its few blocks would come after those of a whole product.
-        self.side = torch.cuda.Stream(device, priority=-1)
-        # What is read and written there. Nothing is allocated for that stream: these tensors are of the stream that it
-        # forks off from, whose memory nobody else gets as long as they are kept, and that is until it has been joined.
-        self.kept: list[tuple] = []
+        self.arrived = self.read = 0  # channels, as bits, that have brought tokens; those whose readers are launched
 
     def _shared(
         self, group: dist.ProcessGroup, shapes: list[tuple[torch.dtype, tuple[int, ...]]], device: torch.device
@@ -142,21 +136,16 @@ class PeerMemory:
         layer: int,
         ids: Tensor | None = None,
         weights: Tensor | None = None,
-        *,
-        beside: bool = False,
     ) -> Arrived:
         channel = self.dispatches % _TURNS
         self.dispatches += 1
-        self.unread |= 1 << channel
+        link = self._link(channel, layer)
+        self.arrived |= 1 << channel
         rows, routing = self.coming[channel]
-        arrived = Arrived(
-            rows.flatten(0, 1),
-            torch.empty_like(counts),
-            *(None if t is None else t.new_empty((rows.shape[0] * rows.shape[1], t.shape[1])) for t in (ids, weights)),
+        arrived, own_ids, own_weights = torch.ops.flashmoe.ep_dispatch(
+            x, position, counts, ids, weights, rows, routing, *link
         )
-        given = (x, position, counts, ids, weights, rows, routing, *arrived[1:], *self._link(channel, layer, 0))
-        self._launch(torch.ops.flashmoe.ep_dispatch, given, beside)
-        return arrived
+        return Arrived(rows.flatten(0, 1), arrived, own_ids, own_weights)
 
     def combine(
         self,
@@ -167,40 +156,21 @@ class PeerMemory:
         layer: int,
         values: Tensor | None = None,
         ids: Tensor | None = None,
-        *,
-        beside: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         turn = self.combines % _TURNS
         self.combines += 1
-        # Combined is what was computed of all that has arrived; what is launched later may read it only beside this.
-        link = self._link(_TURNS + turn, layer, 0 if beside else self._all_read())
-        out = rows.new_empty((position.shape[0], rows.shape[1]))
-        dslots = None if values is None else values.new_empty((position.shape[0], values.shape[1]))
-        given = (rows, position, arrived, values, ids, *self.returning[turn], out, dslots, *link)
-        self._launch(torch.ops.flashmoe.ep_combine, given, beside)
-        return out, dslots
+        self.release()  # combined is what was computed of all that has arrived
+        out, dslots = torch.ops.flashmoe.ep_combine(
+            rows, position, arrived, values, ids, *self.returning[turn], *self._link(_TURNS + turn, layer)
+        )
+        return out, None if values is None else dslots
 
     def release(self) -> None:
-        torch.ops.flashmoe.ep_release(self.signals, self.state, self.distance, self.rank, self._all_read())
+        """Whatever reads the tokens that have arrived has been launched: the next exchange tells the others so."""
+        self.read, self.arrived = self.read | self.arrived, 0
 
-    def join(self) -> None:
-        torch.cuda.current_stream(self.side.device).wait_stream(self.side)
-        self.kept.clear()
-
-    def _launch(self, operator: Callable[..., None], given: tuple, beside: bool) -> None:
-        if not beside:
-            operator(*given)
-            return
-        self.kept.append(given)
-        self.side.wait_stream(torch.cuda.current_stream(self.side.device))
-        with torch.cuda.stream(self.side):
-            operator(*given)
-
-    def _all_read(self) -> int:
-        unread, self.unread = self.unread, 0
-        return unread
-
-    def _link(self, channel: int, layer: int, read: int) -> tuple:
+    def _link(self, channel: int, layer: int) -> tuple:
+        read, self.read = self.read, 0
         return (
             self.signals,
             self.state,

@@ -206,7 +206,6 @@ def experts_backward(
     down: Callable[..., Any] = moe_weight_gradient_down,
     up: Callable[..., Any] = moe_weight_gradient_up,
     keep_rows: bool = True,
-    then: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None,
 ) -> tuple[Tensor, Tensor | None, Any, Any]:
     """Backward of `moe_forward`, the operators in the order in which the fewest bytes are alive at once.
 
@@ -217,8 +216,6 @@ def experts_backward(
         score_mode: forward's.
         down, up: called with (dout, a, the plan) and (x, dh, the plan) of the operators that have their names.
         keep_rows: whether the rows of dout may stay for `down`. False where that only takes note of them.
-        then: called with (dx, dweights or None) as soon as both are there, before `up`, which is the first to read x;
-            what it returns takes their place.
 
     Returns:
         (dx, dweights or None, what `down` returns, what `up` returns).
@@ -242,14 +239,12 @@ def experts_backward(
     if at_once:
         dw2 = down(*of_down)
         del of_down
-    found = moe_up_backward(dh, w1, w3, *plan), None if weights is None else dweights
-    if then is not None:
-        found = then(*found)
+    dx = moe_up_backward(dh, w1, w3, *plan)
     of_up = up(x, dh, *plan)
     del dh
     if not at_once:
         dw2 = down(*of_down)
-    return *found, dw2, of_up
+    return dx, None if weights is None else dweights, dw2, of_up
 
 
 torch.library.register_autograd("flashmoe::moe_forward", _autograd, setup_context=_setup_context, lib=LIBRARY)
