@@ -13,8 +13,7 @@
 namespace flashmoe {
 namespace {
 
-constexpr int BATCH = 8;  // rows that a warp copies before it says so
-
+constexpr int BATCH = 8;   // rows that a warp copies before it says so
 constexpr int ASKING = 8;  // stages between the producer's looks at what has arrived
 
 // As the device has it; in units of 16 bytes.

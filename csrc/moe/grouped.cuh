@@ -80,6 +80,10 @@ __device__ __forceinline__ Rows rows_of(const int32_t* offsets, int expert, int 
   const int first = max(0, min(rows, offsets[expert])), end = max(0, min(rows, offsets[expert + 1]));
   return {first, max(0, end - first)};
 }
+// Of all experts.
+__device__ __forceinline__ int total_rows(const int32_t* offsets, int experts, int rows) {
+  return max(0, min(rows, offsets[experts]));
+}
 
 // --------------------------------------------------------------------------------------------------------------- tiles
 

@@ -53,9 +53,6 @@ struct Work {
   int second_column;       // where a's second part begins
 };
 
-// That somebody owns.
-__device__ __forceinline__ int total_rows(const Work& w) { return max(0, min(w.rows, w.offsets[w.experts])); }
-
 struct Tile {
   int expert, row, left, column;  // left: the expert's rows from `row` on
   int steps;
@@ -100,7 +97,7 @@ __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
   constexpr int HALF = TILE_COLUMNS / 2;
   const uint32_t rank = rank_in_pair();
   Walk walk{w, rank};
-  Arrived arrived{w.copies, GATHERS<P> ? total_rows(w) : 0};
+  Arrived arrived{w.copies, GATHERS<P> ? total_rows(w.offsets, w.experts, w.rows) : 0};
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
     if (GATHERS<P> && k == 0) arrived.await(tile.row, tile.row + TILE_ROWS);
     if (GATHERS<P> && k % ASKING == ASKING / 2) arrived.more();
@@ -225,7 +222,7 @@ __global__ void __cluster_dims__(PAIR) __launch_bounds__(THREADS, 1) products_ke
     if (threadIdx.x < 32) {
       if (elected()) produce<T, P>(w, shared);
     } else if (GATHERS<P> && w.copies.claimed) {
-      copy_rows(w.copies, total_rows(w));
+      copy_rows(w.copies, total_rows(w.offsets, w.experts, w.rows));
     }
   } else {
     more_registers<GATHERS<P> ? BESIDE_COPYING_REGISTERS : CONSUMER_REGISTERS>();

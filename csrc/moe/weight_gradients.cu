@@ -21,9 +21,6 @@ struct Work {
   bool add;
 };
 
-// That somebody owns.
-__device__ __forceinline__ int total_rows(const Work& w) { return max(0, min(w.rows, w.offsets[w.experts])); }
-
 struct Tile {
   int expert, part, row, column;  // row and column of the result
   int first, rows, steps;         // of the expert
@@ -49,7 +46,7 @@ __device__ __forceinline__ bool find(const Work& w, uint32_t rank, int index, Ti
 template <typename T>
 __device__ void produce(const Work& w, Shared<T, Tile>& shared) {
   const uint32_t rank = rank_in_pair();
-  Arrived arrived{w.copies, total_rows(w)};
+  Arrived arrived{w.copies, total_rows(w.offsets, w.experts, w.rows)};
   const auto load = [&](const Tile& tile, int k, int stage, Barrier& full) {
     arrived.await(tile.first + k * DEPTH, tile.first + (k + 1) * DEPTH);
     if (k % ASKING == ASKING / 2) arrived.more();
@@ -121,7 +118,7 @@ __global__ void __cluster_dims__(PAIR) __launch_bounds__(THREADS, 1) weight_grad
     if (threadIdx.x < 32) {
       if (elected()) produce<T>(w, shared);
     } else if (w.copies.claimed) {
-      copy_rows(w.copies, total_rows(w));
+      copy_rows(w.copies, total_rows(w.offsets, w.experts, w.rows));
     }
   } else {
     more_registers<BESIDE_COPYING_REGISTERS>();

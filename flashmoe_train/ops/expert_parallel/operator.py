@@ -84,6 +84,7 @@ def _forward(
 
 
 def rounded(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights in the dtype of the tokens that they multiply."""
     return w1.to(x.dtype), w2.to(x.dtype), w3.to(x.dtype)
 
 
