@@ -1,15 +1,16 @@
-"""The compiled library, as far as a machine without a GPU can judge it: builds it afresh and reads what came out."""
+"""The wheel and the compiled library in it, as far as a machine without a GPU can judge them: builds them, reads what
+came out."""
 
-import csv
 import ctypes
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,41 +20,75 @@ from tests.csrc.test_hopper import Library, bad_maps
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
-needs_nvcc = pytest.mark.skipif(
-    not (shutil.which(os.environ.get("CUDACXX", "nvcc")) and shutil.which("cmake")), reason="needs nvcc and cmake"
-)
+CMAKE = Path(sys.executable).with_name("cmake")
+needs_nvcc = pytest.mark.skipif(not shutil.which(os.environ.get("CUDACXX", "nvcc")), reason="needs nvcc")
 
 
-def build(folder: Path, environment: Mapping[str, str] = os.environ, targets: Sequence[str] = ("all",)) -> str:
-    """Configures and builds into `folder`; returns what the build printed."""
+def run(command: Sequence[str | Path], environment: Mapping[str, str] = os.environ) -> str:
+    """What a command prints, which has to succeed."""
+    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
+def build(folder: Path, environment: Mapping[str, str] = os.environ, target: str = "all") -> str:
+    """Configures and builds into `folder` by hand; returns what the build printed."""
     options = [
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
         "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON",
     ]
-    commands = [
-        ["cmake", "-S", ROOT / "csrc", "-B", folder / "build", *options],
-        ["cmake", "--build", folder / "build", "--parallel", "2", "--verbose", "--target", *targets],
-    ]
-    log = ""
-    for command in commands:
-        done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert done.returncode == 0, done.stdout[-5000:]
-        log += done.stdout
-    return log
+    configured = run([CMAKE, "-S", ROOT / "csrc", "-B", folder / "build", *options], environment)
+    compiling = [CMAKE, "--build", folder / "build", "--parallel", "2", "--verbose", "--target", target]
+    return configured + run(compiling, environment)
+
+
+class Wheel(NamedTuple):
+    site: Path  # where it is installed
+    log: str  # of the build
+    seconds: Path  # of CPU time that nvcc took for each file
+
+    @property
+    def library(self) -> Path:
+        return self.site / "flashmoe_train/libflashmoe_cuda.so"
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The package's library; beside it lie the self-test of csrc/hopper and how long nvcc took for what."""
-    folder = tmp_path_factory.mktemp("library")
-    timed = os.environ | {"NVCC_APPEND_FLAGS": f"--time={folder / 'times.csv'}"}
-    log = build(folder, timed, ("all", "flashmoe_hopper_test"))
-    return folder / "libflashmoe_cuda.so", log
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    here = ["--no-build-isolation", "--check-build-dependencies", "--no-deps"]  # or pip would unpack another torch
+    launcher = f"{sys.executable};{Path(__file__).with_name('timed.py')};{folder / 'seconds'}"
+    defines = {"CMAKE_COMPILE_WARNING_AS_ERROR": "ON", "CMAKE_CUDA_COMPILER_LAUNCHER": launcher}
+    settings = [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
+    log = run([*pip, "wheel", "-v", *here, *settings, "--wheel-dir", folder, ROOT])
+    (found,) = folder.glob("flashmoe_train-*-py3-none-linux_x86_64.whl")
+    run([*pip, "install", "--quiet", "--no-deps", "--target", folder / "site", found])
+    return Wheel(folder / "site", log, folder / "seconds")
 
 
-def hopper_library(built: tuple[Path, str]) -> Path:
-    return built[0].with_name("libflashmoe_hopper_test.so")
+@pytest.fixture(scope="module")
+def self_test(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The self-test of csrc/hopper, and what its build printed."""
+    folder = tmp_path_factory.mktemp("hopper")
+    log = build(folder, target="flashmoe_hopper_test")
+    return folder / "libflashmoe_hopper_test.so", log
+
+
+def test_wheel_is_complete(wheel: Wheel, tmp_path: Path) -> None:
+    """Installed anywhere, it brings its recipes, its versions and, where nvcc built it, its library along."""
+    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    assert wheel.library.exists() == (nvcc is not None)
+    program = (
+        # -S: without this environment's own, editable installation, but with its torch.
+        f"import sys; sys.path[:0] = {[str(wheel.site), sysconfig.get_path('purelib')]!r}\n"
+        "from flashmoe_train import recipe, versions\n"
+        "print(recipe.find('quickstart'), len(versions.tested()))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.startswith(str(wheel.site / "flashmoe_train/recipes/quickstart.toml"))
 
 
 # Bytes that a kernel may spill, by a part of its name. Attention with head dim 256 keeps what it needs once a tile in
@@ -62,8 +97,8 @@ SPILLED = {"forward_kernelINS0_5SizesI13__nv_bfloat16Li256": 32, "forward_kernel
 
 
 @needs_nvcc
-def test_no_kernel_spills(built: tuple[Path, str]) -> None:
-    found, _notes = readings(built[1])
+def test_no_kernel_spills(wheel: Wheel, self_test: tuple[Path, str]) -> None:
+    found = readings(wheel.log)[0] + readings(self_test[1])[0]
     names = "\n".join(kernel.name for kernel in found)
     assert all(
         name in names
@@ -105,15 +140,15 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
 
 
 @needs_nvcc
-def test_compiler_has_nothing_to_say(built: tuple[Path, str]) -> None:
+def test_compiler_has_nothing_to_say(wheel: Wheel, self_test: tuple[Path, str]) -> None:
     """No warning, and none of ptxas' notes C75xx: register budgets that it ignored, wgmma that it serialised."""
-    assert not re.findall(r".*(?:\bwarning\b|\bC75\d\d\b).*", built[1])
+    assert not re.findall(r".*(?:\bwarning\b|\bC75\d\d\b).*", wheel.log + self_test[1])
 
 
 @needs_nvcc
-def test_products_run_on_the_tensor_cores(built: tuple[Path, str]) -> None:
+def test_products_run_on_the_tensor_cores(self_test: tuple[Path, str]) -> None:
     """One instruction for every 16 of K: no wait between those of a batch, nothing in local memory."""
-    dump = machine_code(hopper_library(built))
+    dump = machine_code(self_test[0])
     assert dump is not None, "there is no cuobjdump, neither CUDA's nor Triton's"
     found = {name: code for name, code in dump.items() if "wgmma_kernel" in name}
     assert len(found) == 2 * 9 * 6  # types, N, operands
@@ -125,27 +160,23 @@ def test_products_run_on_the_tensor_cores(built: tuple[Path, str]) -> None:
 
 
 @needs_nvcc
-def test_every_file_compiles_in_seconds(built: tuple[Path, str]) -> None:
-    """A change has to be tried in seconds. The slowest needs nine on a free core; this one may be far from free."""
-    seconds: dict[str, float] = defaultdict(float)
-    with built[0].with_name("times.csv").open() as lines:
-        for row in csv.reader(lines):
-            if len(row) == 8 and row[0].strip().endswith(".cu"):
-                seconds[Path(row[0].strip()).name] += float(row[6]) / 1000
-    assert {"combine.cu", "permute.cu", "forward.cu", "backward.cu", "products_bf16.cu"} <= seconds.keys()
+def test_every_file_compiles_in_seconds(wheel: Wheel) -> None:
+    """A change has to be tried in seconds."""
+    seconds = {Path(name).name: float(time) for name, time in map(str.split, wheel.seconds.read_text().splitlines())}
+    assert {"combine.cu", "permute.cu", "products.cu", "forward.cu", "backward.cu"} <= seconds.keys()
     assert not {name: time for name, time in seconds.items() if time > 100}
 
 
 @needs_nvcc
-def test_tensor_map_names_what_it_cannot_take(built: tuple[Path, str]) -> None:
-    library = Library(hopper_library(built))
+def test_tensor_map_names_what_it_cannot_take(self_test: tuple[Path, str]) -> None:
+    library = Library(self_test[0])
     for text, arguments in bad_maps(address=1 << 30).items():
         with pytest.raises(RuntimeError, match=f"tensor map of x: .*{re.escape(text)}"):
             library("tensor_map", ctypes.byref(arguments))
 
 
 @needs_nvcc
-def test_every_claimed_operator_has_its_kernel(built: tuple[Path, str]) -> None:
+def test_every_claimed_operator_has_its_kernel(wheel: Wheel) -> None:
     """Exactly COMPILED are implemented. RTLD_LAZY: symbols of CUDA are missing here and not needed to register."""
     program = (
         "import ctypes, os, sys, torch\n"
@@ -160,13 +191,13 @@ def test_every_claimed_operator_has_its_kernel(built: tuple[Path, str]) -> None:
         "assert compiled == COMPILED, (compiled, COMPILED)\n"
         "print(len(compiled))"
     )
-    found = subprocess.run([sys.executable, "-c", program, built[0]], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", program, wheel.library], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert int(found.stdout) > 0
 
 
 @needs_nvcc
-def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
+def test_first_tensor_has_to_be_on_the_gpu(wheel: Wheel) -> None:
     """Another argument there is enough for PyTorch to choose these kernels. Here they are named, for want of a GPU."""
     program = (
         "import ctypes, os, sys, torch\n"
@@ -199,7 +230,7 @@ def test_first_tensor_has_to_be_on_the_gpu(built: tuple[Path, str]) -> None:
         "    except RuntimeError as error:\n"
         "        print(str(error).splitlines()[0].split(', ')[-1])\n"
     )
-    found = subprocess.run([sys.executable, "-c", program, built[0]], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", program, wheel.library], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines() == [
         f"{name} must be on a CUDA device like the other tensors"
@@ -254,13 +285,13 @@ def test_other_gpu_is_told_what_is_needed(call: str, capability: tuple[int, int]
 
 
 @needs_nvcc
-def test_only_the_stable_abi_is_used(built: tuple[Path, str]) -> None:
+def test_only_the_stable_abi_is_used(wheel: Wheel) -> None:
     """One binary for every PyTorch from 2.11 on: no unstable symbol, no CUDA library, no path of this build."""
     audit = Path(sys.executable).with_name("torch-abi-audit")
-    found = subprocess.run([audit, "--check", "torch", built[0]], capture_output=True, text=True)
+    found = subprocess.run([audit, "--check", "torch", wheel.library], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     assert re.search(r"Min torch: +2\.11\.0", found.stdout)
-    dynamic = subprocess.run(["readelf", "--dynamic", built[0]], capture_output=True, text=True, check=True).stdout
+    dynamic = subprocess.run(["readelf", "--dynamic", wheel.library], capture_output=True, text=True, check=True).stdout
     needed = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
     system = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "ld-linux-x86-64.so.2"}
     assert needed <= {"libtorch.so"} | system
@@ -276,7 +307,7 @@ def test_nvcc_that_cannot_compile_is_an_error(tmp_path: Path) -> None:
 def test_without_nvcc_nothing_is_built(tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("cmake", "make", "gmake", "ninja", "sh", "uname"):
+    for tool in ("make", "gmake", "ninja", "sh", "uname"):
         if path := shutil.which(tool):
             (tools / tool).symlink_to(path)
     log = build(tmp_path, {"PATH": str(tools), "CUDACXX": ""})
