@@ -40,6 +40,9 @@ constexpr int LEAST_CHUNK = 512, CHUNK_MULTIPLE = 256;
 // it they are permuted before.
 constexpr int LEAST_HIDDEN_BESIDE = 768;
 
+// Kernels count a little beyond: by tiles, and by batches of rows that copying warps claim.
+constexpr int64_t MOST_ROWS = INT32_MAX - (1 << 16);
+
 // Named in errors: what else has to be like it.
 struct First {
   const char* name;
@@ -117,7 +120,7 @@ struct Layer {
     offsets = torch::stable::contiguous(plan.offsets);
     tokens = routed ? slot_row.size(0) : x.size(0);
     const int64_t rows = routed ? row_slot.size(0) : x.size(0);
-    STD_TORCH_CHECK(rows <= INT32_MAX, "the compiled kernels take fewer than 2^31 rows, found ", rows);
+    STD_TORCH_CHECK(rows <= MOST_ROWS, "the compiled kernels take at most ", MOST_ROWS, " rows, found ", rows);
     experts = {offsets.const_data_ptr<int32_t>(), rows, int(count), int(dim), int(hidden), type == ScalarType::Half};
   }
 

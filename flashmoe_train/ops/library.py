@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.compiler.config
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("flashmoe", "DEF")
 
@@ -93,6 +94,14 @@ def _autocasts(device_type: str) -> bool:
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Inside, products are computed in the dtypes that their operands have."""
     return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else contextlib.nullcontext()
+
+
+def reverse_mode_only(function: str, *tensors: torch.Tensor | None) -> None:
+    """Refuses tensors that have tangents: PyTorch takes the derivative of an operator in forward mode for zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"{function} has no derivative in forward mode (torch.func.jvp, dual tensors)")
 
 
 def implement(op: str, reference: Callable[..., Any], key: str) -> None:

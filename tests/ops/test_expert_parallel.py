@@ -101,6 +101,23 @@ def check_equals_one_process(tokens: list[tuple[int, ...]]) -> None:
             exchange.close()
 
 
+def check_ids() -> None:
+    """Ids that are no expert's are skipped, however large; those that name an expert twice are computed twice."""
+    shared = Shared("duplicate", (5, 7), per_rank=2, top_k=4)
+    exchange = exchange_for(shared, capacity=2.0)
+    (x, *w, weights), ids, _ = shared.tensors()
+    tokens, experts = shared.own(dist.get_rank())
+    for strange in (-(2**63), -(2**32), 2**32 + 1, 2**62, shared.experts):
+        ids = ids.long()
+        ids[::2, 0] = strange
+        out = routed_experts(x[tokens], *(e[experts] for e in w), ids[tokens], weights[tokens], exchange)
+        torch.testing.assert_close(out, oracle(x, *w, weights, ids)[tokens].float(), **TOLERANCE)
+    ids = torch.zeros_like(ids)
+    out = routed_experts(x[tokens], *(e[experts] for e in w), ids[tokens], weights[tokens], exchange)
+    torch.testing.assert_close(out, oracle(x, *w, weights, ids)[tokens].float(), **TOLERANCE)
+    assert not exchange.lost.any()
+
+
 def check_added(shared: Shared, where: dict[str, Any]) -> None:
     """Gradients of weights are added, to sums in float32 too; weights may multiply the activation."""
     exchange, names = exchange_for(shared, **where), ("out", "dx", "dw1", "dw2", "dw3", "dweights")
@@ -210,7 +227,12 @@ def check_errors() -> None:
         ({"ids": ids.float()}, "ids must be int32 or int64"),
         ({"weights": weights.double()}, "weights must be torch.float32"),
         ({"w3": w[2].double()}, "w3 must have x's dtype torch.float32 or be torch.float32, found torch.float64"),
-        ({"w1": w[0][:2]}, r"w1 must be \[4, hidden dim, 16\], found \[2, 12, 16\]"),
+        ({"w1": w[0][:2]}, r"w1 must be \[4, 12, 16\], found \[2, 12, 16\]"),
+        ({"w1": w[0][0]}, r"w1 must be \[4, hidden dim, 16\], found \[12, 16\]"),
+        ({"w2": w[0]}, r"w2 must be \[4, 16, 12\], found \[4, 12, 16\]"),
+        ({"w3": w[2][:, :8]}, r"w3 must be \[4, 12, 16\], found \[4, 8, 16\]"),
+        ({"ids": ids.to("meta")}, "ids must be on cpu for this exchange, found meta"),
+        ({"w2": w[1].to("meta")}, "w2 must be on cpu for this exchange, found meta"),
     ):
         arguments = {"x": x, "w1": w[0], "w2": w[1], "w3": w[2], "ids": ids, "weights": weights} | changed
         with pytest.raises((ValueError, TypeError), match=text):
@@ -233,6 +255,7 @@ def check_two() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         check_added(shared, {"dtype": dtype})
     check_wide(shared, {"dtype": torch.bfloat16})
+    check_ids()
     check_errors()
 
 

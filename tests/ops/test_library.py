@@ -64,6 +64,16 @@ def test_differentiable_once(device: str, op: str) -> None:
     assert f"flashmoe::{op}" in refused
 
 
+@pytest.mark.parametrize("op", ["attention_backward", "moe_up_backward"])
+def test_no_derivative_in_forward_mode(op: str) -> None:
+    """PyTorch would say that it is zero."""
+    function, shapes = GRADIENTS[op]
+    inputs = tuple(torch.randn(shape) for shape in shapes)
+    with pytest.raises(NotImplementedError, match="has no derivative in forward mode"):
+        torch.func.jvp(function, inputs, inputs)
+    assert function(*inputs).isfinite().all()
+
+
 def test_compiled_code_of_other_sources_is_not_used(tmp_path: Path) -> None:
     source = tmp_path / "below" / "operator.py"
     source.parent.mkdir()

@@ -187,6 +187,28 @@ def test_flops() -> None:
     assert counter.get_total_flops() == 3 * 2 * 46 * 24 * 16
 
 
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("frozen", [(0,), (1,), (0, 2), (0, 1, 2)], ids=str)
+def test_frozen_weights_cost_no_products(frozen: tuple[int, ...], added: bool) -> None:
+    (x, *w, weights), ids, dout = inputs_of(Case(), "cpu")
+    wanted = torch.autograd.grad(moe(x, *w, ids, weights), (x, weights, *w), dout)
+    given = [p.detach().requires_grad_(i not in frozen) for i, p in enumerate(w)]
+    gradients = WeightGradients(*(torch.zeros_like(p) for p in w)) if added else None
+    out = moe(x, *given, ids, weights, gradients=gradients)
+    with FlopCounterMode(display=False) as counter:
+        out.backward(dout)
+    products = {*frozen} - ({0} if 2 not in frozen else set())  # those of w1 and w3 are one operator's
+    product = counter.get_total_flops() // (6 - len(products))
+    assert counter.get_total_flops() == product * (6 - len(products)) and product == 2 * 46 * 24 * 16
+    assert torch.equal(x.grad, wanted[0]) and torch.equal(weights.grad, wanted[1])
+    found = [p.grad for p in given] if gradients is None else gradients.sums
+    for i in {0, 1, 2} - products:
+        if i not in frozen:
+            assert torch.equal(found[i], wanted[2 + i])
+    for i in products:
+        assert found[i] is None or not found[i].any()
+
+
 def test_compiled_code_leaves_it_to_eager_mode() -> None:
     (x, *w, weights), ids, dout = inputs_of(Case(), "cpu")
     gradients, wanted = (WeightGradients(*(torch.zeros_like(p) for p in w)) for _ in range(2))

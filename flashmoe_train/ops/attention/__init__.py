@@ -27,7 +27,7 @@ from flashmoe_train.ops.attention.checks import (
     refused_by_kernel,
 )
 from flashmoe_train.ops.attention.operator import attention_forward
-from flashmoe_train.ops.library import has_kernel
+from flashmoe_train.ops.library import has_kernel, reverse_mode_only
 
 __all__ = ["AttentionCase", "attention", "copies", "supports"]
 
@@ -76,6 +76,7 @@ def attention(
     check_window(window)
     left, right = (-1 if side is None else side for side in window)
     check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    reverse_mode_only("attention", q, k, v)
     if causal:
         right = 0
     if softmax_scale is None:

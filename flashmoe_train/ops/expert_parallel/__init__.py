@@ -72,7 +72,9 @@ def routed_experts(
     _check(x, (w1, w2, w3), ids, weights, exchange)
     if exchange.world == 1:
         return moe(x, *rounded(x, w1, w2, w3), ids, weights, score_mode=score_mode, gradients=gradients)
-    inputs = (gradients, x, w1, w2, w3, ids.int(), weights, exchange, exchange.number_of(layer), score_mode)
+    if ids.dtype == torch.int64:  # of which a part would be an expert's
+        ids = torch.where((ids >= 0) & (ids < exchange.experts), ids, -1).int()
+    inputs = (gradients, x, w1, w2, w3, ids, weights, exchange, exchange.number_of(layer), score_mode)
     if gradients is None:
         return _RoutedExperts.apply(*inputs)
     if gradients.delayed:
@@ -116,23 +118,25 @@ class _RoutedExperts(torch.autograd.Function):
 
 
 def _check(x: Tensor, w: tuple[Tensor, Tensor, Tensor], ids: Tensor, weights: Tensor, exchange: Exchange) -> None:
-    """What the exchange fixes; the rest is checked with the tokens that arrive."""
+    """Before anything is sent: a rank that refuses later leaves the others waiting."""
     check_matrix("x", x)
     if x.shape[1] != exchange.dim or x.shape[0] > exchange.tokens:
         wanted = f"[at most {exchange.tokens}, {exchange.dim}]"
         raise ValueError(f"x must be {wanted} for this exchange, found {list(x.shape)}")
     if x.dtype != exchange.dtype:
         raise TypeError(f"x must be {exchange.dtype} for this exchange, found {x.dtype}")
-    if x.device.type != exchange.device.type:
-        raise ValueError(f"x must be on {exchange.device.type} for this exchange, found {x.device}")
+    for name, tensor in {"x": x, "ids": ids, "w1": w[0], "w2": w[1], "w3": w[2]}.items():
+        if tensor.device != exchange.device:
+            raise ValueError(f"{name} must be on {exchange.device} for this exchange, found {tensor.device}")
     if list(ids.shape) != [x.shape[0], exchange.top_k]:
         raise ValueError(f"ids must be [{x.shape[0]}, {exchange.top_k}] for this exchange, found {list(ids.shape)}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids must be int32 or int64, found {ids.dtype}")
     check_weights(weights, ids.shape, x)
-    if w[0].dim() != 3 or w[0].shape[0] * exchange.world != exchange.experts:
-        here = exchange.experts // exchange.world
-        raise ValueError(f"w1 must be [{here}, hidden dim, {exchange.dim}], found {list(w[0].shape)}")
-    for name, one in zip(("w1", "w2", "w3"), w, strict=True):
+    hidden = w[0].shape[1] if w[0].dim() == 3 else "hidden dim"
+    up, down = [exchange.here, hidden, exchange.dim], [exchange.here, exchange.dim, hidden]
+    for name, one, shape in zip(("w1", "w2", "w3"), w, (up, down, up), strict=True):
+        if list(one.shape) != shape:
+            raise ValueError(f"{name} must be [{', '.join(map(str, shape))}], found {list(one.shape)}")
         if one.dtype not in (x.dtype, torch.float32):
             raise TypeError(f"{name} must have x's dtype {x.dtype} or be torch.float32, found {one.dtype}")

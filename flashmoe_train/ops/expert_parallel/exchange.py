@@ -88,9 +88,11 @@ class Exchange:
             raise ValueError(f"capacity and timeout must be positive, found {capacity} and {timeout}")
         self.experts, self.tokens, self.dim, self.top_k, self.dtype = experts, tokens, dim, top_k, dtype
         self.device, self.capacity, self.timeout = torch.device(device), capacity, timeout
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.here = experts // self.world
-        # Only the experts here can be a token's, so more rows cannot come.
-        self.rows = min(self.world * tokens * min(top_k, self.here), math.ceil(capacity * tokens * top_k))
+        # More cannot come than all slots of all ranks.
+        self.rows = math.ceil(min(self.world, capacity) * tokens * top_k)
         self.layers: list[str] = []
         self.order = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.lost = torch.zeros(MOST_LAYERS, dtype=torch.int64, device=self.device)

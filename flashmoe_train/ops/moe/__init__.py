@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import capability, has_kernel, refused_by_tensor_cores
+from flashmoe_train.ops.library import capability, has_kernel, refused_by_tensor_cores, reverse_mode_only
 from flashmoe_train.ops.moe import fallback
 from flashmoe_train.ops.moe.checks import (
     KERNEL_ALIGNMENT,
@@ -143,6 +143,7 @@ def _experts(
     gradients: WeightGradients | None,
 ) -> Tensor:
     inputs = (x, w1, w2, w3, weights, *plan, score_mode)
+    reverse_mode_only("moe", *inputs[:5])
     if gradients is None:
         return moe_forward(*inputs)[0]
     check_sums(gradients.sums, w1.shape, x)

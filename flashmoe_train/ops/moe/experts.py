@@ -187,8 +187,17 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 def _autograd(ctx: Any, dout: Tensor | None, dh: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 9
-    dx, dweights, dw2, (dw1, dw3) = experts_backward(dout, saved_tensors(ctx), ctx.score_mode)
+    needs_w1, needs_w2, needs_w3 = ctx.needs_input_grad[1:4]
+    down = moe_weight_gradient_down if needs_w2 else for_frozen_weights
+    up = moe_weight_gradient_up if needs_w1 or needs_w3 else for_frozen_weights
+    found = experts_backward(dout, saved_tensors(ctx), ctx.score_mode, down, up, keep_rows=needs_w2)
+    dx, dweights, dw2, of_up = found
+    dw1, dw3 = of_up or (None, None)
     return dx, dw1, dw2, dw3, dweights, None, None, None, None
+
+
+def for_frozen_weights(*given: Tensor | None) -> None:
+    """For `experts_backward`, in place of gradients that nobody has asked for: half of its products, all of them."""
 
 
 def saved_tensors(ctx: Any) -> list[Any]:

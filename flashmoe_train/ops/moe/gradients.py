@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flashmoe_train.ops.moe.experts import (
     experts_backward,
+    for_frozen_weights,
     moe_forward,
     moe_weight_gradient_down_,
     moe_weight_gradient_up_,
@@ -93,13 +94,14 @@ class Experts(torch.autograd.Function):
 
             return add
 
+        needs_w1, needs_w2, needs_w3 = ctx.needs_input_grad[2:5]
         dx, dweights, *_ = experts_backward(
             grads[0],
             saved_tensors(ctx),
             ctx.score_mode,
-            adding(moe_weight_gradient_down_, dw2),
-            adding(moe_weight_gradient_up_, dw1, dw3),
-            keep_rows=not gradients.delayed,
+            adding(moe_weight_gradient_down_, dw2) if needs_w2 else for_frozen_weights,
+            adding(moe_weight_gradient_up_, dw1, dw3) if needs_w1 or needs_w3 else for_frozen_weights,
+            keep_rows=needs_w2 and not gradients.delayed,
         )
 
         def add_all() -> None:
