@@ -53,6 +53,16 @@ def test_pages_are_linked() -> None:
     assert reached >= set((ROOT / "docs").rglob("*.md"))
 
 
+def test_tree_is_whole() -> None:
+    """All of csrc, and of the package's first level, is where a newcomer looks for it."""
+    (tree,) = re.findall(r"```\n(csrc/.*?)```", README, re.S)
+    sources = {path.name + "/" for path in (ROOT / "csrc").iterdir() if path.is_dir()}
+    sources |= {path.name for path in (ROOT / "csrc").glob("*/*.cu")}
+    package = {path.name for path in (ROOT / "flashmoe_train").glob("*.py")} - {"__init__.py"}
+    package |= {path.parent.name + "/" for path in (ROOT / "flashmoe_train").glob("*/__init__.py")}
+    assert not {name for name in sources | package if name not in tree}
+
+
 @pytest.mark.parametrize("example", [text for text in TOML if "framework" in text])
 def test_recipe_example_is_one(example: str, tmp_path: Path) -> None:
     (tmp_path / "example.toml").write_text(example)
