@@ -15,9 +15,9 @@ train: kernels
 # Where there are a GPU and nvcc, csrc/hopper is tested on it.
 SELF_TEST := $(if $(wildcard /dev/nvidia0),$(if $(or $(CUDACXX),$(shell command -v nvcc)),self-test))
 
-# Three files at a time: tests compute little and wait much, for processes that start and for compilers. In their order,
+# Two files at a time: tests compute little and wait much, for processes that start and for compilers. In their order,
 # where files of a few long tests do not come last.
-JOBS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+JOBS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: kernels $(SELF_TEST)
 	$(BIN)/pytest $(JOBS) -m "not slow" $(ARGS)
