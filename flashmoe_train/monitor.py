@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,6 +29,13 @@ class Step:
     peak_gib: float = 0.0  # most memory in use on a device during those; 0 on CPUs
     expert_load: float | None = None  # of the busiest expert, in means; None for models without experts
     dropped_rows: int | None = None  # slots (a token, one of its experts) that no expert computed
+
+
+class Skipped(Protocol):
+    """What an exchange had no room for."""
+
+    skipped_steps: int
+    lost_rows: int
 
 
 @dataclass
@@ -81,17 +88,27 @@ class Monitor:
         """Takes the progress bar off the screen; `finish` does so too."""
         self._progress.stop()
 
-    def finish(self, swaps: Report, tensorboard: Path, unigram_entropy: float | None, next_command: str) -> None:
+    def finish(
+        self,
+        swaps: Report,
+        tensorboard: Path,
+        unigram_entropy: float | None,
+        next_command: str,
+        overflows: Skipped | None = None,
+    ) -> None:
         """Draws the loss curve, writes summary.json and prints what a user wants to know at the end."""
         self.stop()
         if not self.history.steps:
-            self.console.print("No step was trained: the run was already complete.")
+            self.console.print(
+                "No step was logged: the run was already complete, or has trained fewer steps than one is logged of."
+            )
             return
         tokens_per_s = median(step.tokens_per_s for step in self.history.steps[1:] or self.history.steps)
         self._remember()
         first, last = self.history.steps[0], self.history.steps[-1]
         curve = self._draw(unigram_entropy)
-        summary = self._write_summary(swaps, tokens_per_s, unigram_entropy)
+        skipped = 0 if overflows is None else overflows.skipped_steps
+        summary = self._write_summary(swaps, tokens_per_s, unigram_entropy, skipped)
 
         self.console.print(swaps.table())
         facts = Table.grid(padding=(0, 2))
@@ -104,6 +121,11 @@ class Monitor:
         if last.expert_load is not None:
             dropped = sum(step.dropped_rows or 0 for step in self.history.steps)
             facts.add_row("expert load", f"busiest expert {last.expert_load:.2f} × the mean; {dropped} rows dropped")
+        if overflows is not None and skipped:
+            facts.add_row(
+                "skipped steps",
+                f"{skipped}: experts had no room for {overflows.lost_rows:,} rows; the logs name layers",
+            )
         facts.add_row("TensorBoard", f"tensorboard --logdir {tensorboard}")
         facts.add_row("loss curve", str(curve))
         facts.add_row("summary", str(summary))
@@ -121,12 +143,13 @@ class Monitor:
             self.history.steps[:0] = [Step(**step) for step in earlier["steps"] if step["step"] < start]
             self.history.heldout[:0] = heldout
 
-    def _write_summary(self, swaps: Report, tokens_per_s: float, unigram_entropy: float | None) -> Path:
+    def _write_summary(self, swaps: Report, tokens_per_s: float, unigram_entropy: float | None, skipped: int) -> Path:
         path = self.folder / "summary.json"
         content: dict[str, Any] = {
             "swapped": [dict(zip(("modules", "from", "to", "count"), row, strict=True)) for row in swaps.summary()],
             "steps": [asdict(step) for step in self.history.steps],
             "heldout": [{"step": step, "loss": loss} for step, loss in self.history.heldout],
+            "skipped_steps": skipped,
             "tokens_per_s_per_device": tokens_per_s,
             "peak_gib_per_device": max(step.peak_gib for step in self.history.steps),
             "unigram_entropy": unigram_entropy,

@@ -85,20 +85,21 @@ class Overflows:
         self.skip: Tensor | None = None  # 1.0: this step is to be skipped
         self.reports: list[tuple[Exchange, Tensor]] = []  # of the last count, on their way to the host
         self.skipped = 0  # steps in a row
+        self.skipped_steps = self.lost_rows = 0  # in all, of all processes
 
     def count(self) -> Tensor:
         """Whether any process has lost rows since the last call, 1.0 or 0.0, on the device; all processes call it."""
-        skip, self.reports = torch.zeros((), device=self.device), []
+        rows, self.reports = torch.zeros((), device=self.device), []
         for exchange in _exchanges.values():
             exchange.check()
             lost = exchange.lost - self.before.get(exchange.name, 0)
             self.before[exchange.name] = exchange.lost.clone()
-            skip = torch.maximum(skip, (lost.sum() > 0).float())
+            rows += lost.sum()
             self.reports.append((exchange, lost.to("cpu", non_blocking=True)))
-        dist.all_reduce(skip, dist.ReduceOp.MAX)
-        self.skip, self.flag = skip, skip.to("cpu", non_blocking=True)
-        self.copied = torch.cuda.current_stream().record_event() if skip.is_cuda else None
-        return skip
+        dist.all_reduce(rows)
+        self.skip, self.lost = (rows > 0).float(), rows.to("cpu", non_blocking=True)
+        self.copied = torch.cuda.current_stream().record_event() if rows.is_cuda else None
+        return self.skip
 
     def report(self) -> bool:
         """Whether the step that was counted last is skipped; warns of what it has lost here, which was copied to the
@@ -106,7 +107,10 @@ class Overflows:
         if self.skip is None:
             return False
         skipped = self._warn("the last step was skipped")
+        self.skip = None  # said once
         self.skipped = self.skipped + 1 if skipped else 0
+        self.skipped_steps += skipped
+        self.lost_rows += int(self.lost.item())
         if self.skipped >= MOST_SKIPPED:
             raise UsageError(
                 f"{self.skipped} steps in a row were skipped because the experts of a process had no room for all"
@@ -115,7 +119,9 @@ class Overflows:
         return skipped
 
     def report_validation(self) -> None:
-        """Counts and warns of what was lost without gradients: the next step is not to blame. All processes call it."""
+        """Counts and warns of what was lost without gradients: the next step is not to blame, nor is the last one
+        forgotten. All processes call it."""
+        self.report()
         self.count()
         self._warn("the held-out loss leaves rows out")
         self.skip = None
@@ -133,4 +139,4 @@ class Overflows:
                         f"flashmoe: {what}: the experts of layer {layer} on rank {exchange.rank} of their group had no"
                         f" room for {rows} rows beyond {exchange.rows}; {self._enough()}"
                     )
-        return bool(self.flag.item())
+        return self.lost.item() > 0

@@ -104,9 +104,14 @@ class Checkpoints:
         if path is None:
             return 0
         compat.before_loading(self.optimizer)
+        groups = self.optimizer.param_groups
+        rates = [{key: group[key] for key in ("max_lr", "min_lr") if key in group} for group in groups]
         state = _load(self._state(loading=True, step=0), path)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler.override_opt_param_scheduler:  # the recipe's schedule, of which groups hold a part
+            for group, own in zip(self.optimizer.param_groups, rates, strict=True):
+                group.update(own)
         self.scheduler.load_state_dict(state["scheduler"])
         compat.after_loading(self.optimizer)
         return state["step"]

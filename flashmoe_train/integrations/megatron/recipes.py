@@ -273,8 +273,8 @@ def _say_training(job: Job, recipe: Recipe, steps: int) -> None:
         job.say("config.use_cpu_initialization", True, OURS)
     for key in ("attention_dropout", "hidden_dropout"):
         job.default(f"config.{key}", 0.0)
-    if job.get("config.hidden_dropout") and recipe.checkpoint.model_fields_set:
-        raise UsageError("[megatron] hidden_dropout with [checkpoint]: checkpoints do not keep random states")
+        if job.get(f"config.{key}") and recipe.checkpoint.model_fields_set:
+            raise UsageError(f"[megatron] {key} with [checkpoint]: checkpoints do not keep random states")
     if training.learning_rate is not None:
         job.say("optimizer.lr", training.learning_rate, "[training] learning_rate")
     if (rate := job.get("optimizer.lr")) is None:
@@ -301,8 +301,11 @@ def _say_training(job: Job, recipe: Recipe, steps: int) -> None:
         "end_wd": decay,
         "wd_incr_steps": steps,
         "wd_incr_style": "constant",
+        "use_checkpoint_opt_param_scheduler": False,  # a resumed run has the schedule of its own recipe
     }.items():
         job.default(f"scheduler.{key}", default)
+    from_checkpoint = job.get("scheduler.use_checkpoint_opt_param_scheduler")
+    job.default("scheduler.override_opt_param_scheduler", not from_checkpoint)
     warmup, decayed = (job.get(f"scheduler.lr_{key}_steps") for key in ("warmup", "decay"))
     if warmup >= decayed:
         raise UsageError(f"[training] warmup_steps = {warmup} must be less than Megatron's {decayed} steps of decay")

@@ -358,6 +358,7 @@ class Trainer:
                 tensorboard=self.plan.folder / "tb",
                 unigram_entropy=entropy,
                 next_command=f"{command} training.steps={2 * self.plan.steps}",
+                overflows=self.overflows,
             )
 
     def close(self) -> None:

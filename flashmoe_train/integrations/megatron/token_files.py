@@ -4,7 +4,9 @@ Sequence i of a run is the i-th window of `seq_len + 1` tokens, whatever the num
 step depends on its number alone, so that a resumed run reads what an uninterrupted one would.
 """
 
+import glob
 import json
+import os
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -63,9 +65,10 @@ def prepare(source: str | dict[str, Any], text_column: str, tokenizer: Path, pat
     """Writes at least `needed` tokens of the source, or all it has, to `path`; nothing if it holds them already.
 
     Every row of text is between the tokenizer's tokens for the beginning and the end, if it has them. More tokens of a
-    source begin with the same ones. One process of a run calls it.
+    source begin with the same ones. Files that have changed are read again. One process of a run calls it.
     """
-    wanted = {"source": source, "text_column": text_column, "tokenizer": (tokenizer / "tokenizer.json").read_text()}
+    words = (tokenizer / "tokenizer.json").read_text()
+    wanted = {"source": source, "text_column": text_column, "tokenizer": words, "files": _files(source)}
     about = path.with_suffix(".json")
     if path.exists() and about.exists():
         have = json.loads(about.read_text())
@@ -86,6 +89,15 @@ def prepare(source: str | dict[str, Any], text_column: str, tokenizer: Path, pat
 
 def open_prepared(path: Path, seq_len: int) -> TokenFile:
     return TokenFile(path, json.loads(path.with_suffix(".json").read_text())["dtype"], seq_len)
+
+
+def _files(source: str | dict[str, Any]) -> list[list[str | int]]:
+    """Name, size and time of change of a source's files here."""
+    names = source if isinstance(source, str) else source.get("data_files", [])
+    groups = names.values() if isinstance(names, dict) else [names]  # of splits
+    patterns = chain.from_iterable([group] if isinstance(group, str) else group for group in groups)
+    found = sorted({path for pattern in patterns for path in glob.glob(pattern, recursive=True)})
+    return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in found]
 
 
 def _rows(source: str | dict[str, Any], column: str) -> Iterator[str]:

@@ -248,7 +248,11 @@ def weights_of(recipe: Recipe) -> str | None:
     """The weights that the recipe itself starts from."""
     own = recipe.torchtitan.get("checkpoint", {})
     assets = recipe.torchtitan.get("model", {}).get("hf_assets_path")
-    return recipe.checkpoint.start_from or own.get("initial_load_path") or (own.get("initial_load_in_hf") and assets)
+    return (
+        recipe.checkpoint.start_from
+        or own.get("initial_load_path")
+        or (assets if own.get("initial_load_in_hf") else None)
+    )
 
 
 def seed(recipe: Recipe, folder: str) -> tuple[Recipe, str]:

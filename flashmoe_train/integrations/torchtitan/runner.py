@@ -101,6 +101,14 @@ class MonitoredTrainer(Trainer):
             title = f"{self.facts.model} on {dist.get_world_size()} × {self.device.type}"
             self.monitor = Monitor(title, self.facts.folder, config.training.steps)
         metrics.logger = _Metrics(metrics.logger, self.expert_load, self.monitor)
+        if self.facts.validates and (overflows := self.overflows()) is not None:
+            validate = self.validator.validate
+
+            def reported(*arguments: Any, **options: Any) -> None:
+                validate(*arguments, **options)
+                overflows.report_validation()
+
+            self.validator.validate = reported
 
     def forward_backward_step(self, **batch: Any) -> Any:
         watched = bool(self.expert_load.blocks) and self.metrics_processor.should_log(self.step)
@@ -115,6 +123,8 @@ class MonitoredTrainer(Trainer):
         # The loss on held-out data belongs into the summary, whatever the frequency of validation is.
         if self.facts.validates and not self.validator.should_validate(self.step):
             self.validator.validate(self.model_parts, self.step)
+        if (overflows := self.overflows()) is not None:
+            overflows.report()  # of the last step, which no other one follows
 
     def export(self, model: Model | None) -> None:
         """Writes the weights in Hugging Face's format, with a config.json if the recipe has the model's sizes."""
@@ -133,6 +143,7 @@ class MonitoredTrainer(Trainer):
             tensorboard=self.facts.folder / self.config.metrics.save_tb_folder,
             unigram_entropy=data.unigram_entropy() if self.facts.dataset == "torch_sources" else None,
             next_command=f"{command} training.steps={2 * self.config.training.steps}",
+            overflows=self.overflows(),
         )
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 Shape legend: B batch, S sequence, H query heads, G key/value heads, D dim of q and k, V dim of v.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def attention_forward(
     if is_causal is False:
         raise ValueError(f"the mask is causal, but {type(module).__name__} asks for is_causal=False")
     if others.get("output_attentions"):
-        warn_stock("output_attentions=True asks for the attention weights, which nobody but eager holds")
+        text = "no weights: output_attentions=True asks for the attention weights, which nobody but eager holds"
+        warnings.warn(f"flashmoe attention gives {text}", stacklevel=2)
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"the mask is of as many queries as keys, found {query.shape[2]} and {key.shape[2]}")
     dtype = compute_dtype(query)

@@ -110,6 +110,11 @@ def test_explains_where_everything_is_from() -> None:
         (("megatron.fp16=true", "training.precision=bfloat16"), 1, r"Only one of self.fp16: True and self.bf16 True"),
         (("megatron.attention_dropout=0.1",), 1, "attention_dropout = 0.1: it has none"),
         (("megatron.hidden_dropout=0.1", "checkpoint.every=2"), 1, "do not keep random states"),
+        (
+            ("swap.attention=stock", "megatron.attention_dropout=0.1", "checkpoint.every=2"),
+            1,
+            "attention_dropout with .* do not keep random states",
+        ),
         (("megatron.mtp_num_layers=1",), 1, "mtp_num_layers"),
         (("megatron.ddp.use_megatron_fsdp=true",), 1, "use_megatron_fsdp"),
         (("megatron.sequence_parallel=false", "parallel.tensor=2"), 2, "Megatron needs it for experts"),

@@ -82,6 +82,32 @@ def _keeps(root: Path) -> None:
         jobs.train(jobs.recipe_of("moe", root / "other", tokens, start))
 
 
+def _goes_on_with_its_own_schedule(root: Path) -> None:
+    """Of the run that it resumes it has the number of steps alone."""
+    given = [root / "run", root / "tokens.bin", "checkpoint.every=2", "training.warmup_steps=0"]
+    jobs.train(jobs.recipe_of("dense", *given, "training.steps=2"))
+
+    def check(trainer: runner.Trainer) -> None:
+        scheduler = trainer.scheduler
+        assert (scheduler.num_steps, scheduler.lr_decay_steps, scheduler.max_lr) == (3, 6, 0.02)
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        assert rates == pytest.approx([0.02 * 3 / 6] * len(rates))
+
+    train_step = runner.Trainer._train_step
+
+    def one_step(self: runner.Trainer) -> None:
+        train_step(self)
+        self.step = self.plan.steps
+
+    runner.Trainer._train_step = one_step  # type: ignore[method-assign]
+    jobs.train(jobs.recipe_of("dense", *given, "training.steps=6", "training.learning_rate=0.02"), check)
+
+
+def test_a_resumed_run_has_its_own_schedule(tmp_path: Path) -> None:
+    jobs.write_tokens(tmp_path)
+    processes.run(_goes_on_with_its_own_schedule, tmp_path, processes=1)
+
+
 def test_keeps_the_newest_and_starts_from_weights(tmp_path: Path) -> None:
     jobs.write_tokens(tmp_path)
     processes.run(_keeps, tmp_path, processes=1)

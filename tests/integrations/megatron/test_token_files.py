@@ -39,6 +39,18 @@ def test_rows_are_between_the_tokenizers_tokens(tmp_path: Path, tokenizer: Path)
         token_files.open_prepared(path, 8)
 
 
+def test_files_that_have_changed_are_read_again(tmp_path: Path, tokenizer: Path) -> None:
+    source, path = write(tmp_path, "aaaa"), tmp_path / "train.bin"
+    for given in (source, str(tmp_path / "*.jsonl"), {"path": "json", "data_files": {"train": [source]}}):
+        write(tmp_path, "aaaa")
+        token_files.prepare(given, "text", tokenizer, path, 100)
+        before = token_files.open_prepared(path, 1).tokens.tolist()
+        write(tmp_path, "bbbb", "b")
+        token_files.prepare(given, "text", tokenizer, path, 100)
+        after = token_files.open_prepared(path, 1).tokens.tolist()
+        assert len(after) == len(before) + 3 and after[1] == before[1] + 1
+
+
 def test_more_tokens_begin_with_the_same_ones(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_files, "_ROWS", 1)
     source, path = write(tmp_path, *(chr(97 + i) * 5 for i in range(10))), tmp_path / "train.bin"

@@ -61,6 +61,15 @@ def check(options: dict[str, bool]) -> None:
         " rows beyond 12; set dispatch_capacity above 1"
     ]
     assert said == (mine if dist.get_rank() == 0 else [])
+    assert not step(one, "layers.1")
+    with torch.no_grad():
+        routed_experts(torch.randn(TOKENS, D), *parameters, one, torch.ones(TOKENS, K), exchange, "layers.2")
+    overflows.report_validation()  # of which the step before is not forgotten, and the next one not to blame
+    assert step(even, "layers.0")
+    if dist.get_rank() == 0:
+        validation = mine[0].replace("the last step was skipped", "the held-out loss leaves rows out")
+        assert said == [*mine, *mine, validation.replace("layers.1", "layers.2")]
+    assert (overflows.skipped_steps, overflows.lost_rows) == (2, 24)
     for _ in range(MOST_SKIPPED):
         assert not step(one, "layers.1")
     with pytest.raises(UsageError, match=f"^{MOST_SKIPPED} steps in a row .* set dispatch_capacity above 1; the logs"):

@@ -117,6 +117,11 @@ def prepare(model: nn.Module, job_config: Any, parallel_dims: Any, choices: Flas
             module.shared, module.layer = shared, name
 
 
+def overflows() -> Overflows | None:
+    """Of the job with our exchange, if this process has one."""
+    return _overflows
+
+
 def release() -> None:
     """Of a job without our exchange: nothing of an earlier one of this process remains."""
     global _overflows

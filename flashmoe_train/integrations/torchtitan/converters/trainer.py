@@ -14,9 +14,10 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import utils
 from torchtitan.train import Trainer as Stock
 
-from flashmoe_train.integrations.torchtitan.converters import compat
+from flashmoe_train.integrations.torchtitan.converters import compat, dispatch
 from flashmoe_train.integrations.torchtitan.converters.converter import FlashMoEConverter
 from flashmoe_train.integrations.torchtitan.converters.documents import send, sent
+from flashmoe_train.integrations.torchtitan.sharing import Overflows
 from flashmoe_train.swap import Report
 
 
@@ -82,6 +83,10 @@ class Trainer(Stock):
 
     def swapped(self) -> Report:
         return FlashMoEConverter.last_report or Report()
+
+    def overflows(self) -> Overflows | None:
+        """Of our exchange, where the model has it."""
+        return dispatch.overflows()
 
     def metrics_rank(self) -> int:
         """The process that knows the loss."""

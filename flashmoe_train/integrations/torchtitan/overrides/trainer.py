@@ -21,6 +21,9 @@ class Trainer(Stock):
     def swapped(self) -> Report:
         return self._swapped
 
+    def overflows(self) -> None:
+        """There is no exchange of ours in this generation."""
+
     def metrics_rank(self) -> int:
         """The process that knows the loss."""
         schedule = self.config.parallelism.pipeline_parallel_schedule
