@@ -5,12 +5,14 @@ Stock and swapped models, on any layout of processes, load what the others have 
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations import checkpoint_files
 from flashmoe_train.integrations.megatron import compat
 
 _KEEP = 10  # as under TorchTitan
@@ -20,10 +22,10 @@ def is_complete(folder: Path) -> bool:
     return (folder / "metadata.json").is_file()
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint of the latest step: unfinished ones have another name."""
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first: unfinished ones have another name."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and is_complete(path)]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
+    return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
 class Checkpoints:
@@ -82,9 +84,8 @@ class Checkpoints:
             path = self.folder / f"step-{step}"
             shutil.rmtree(path, ignore_errors=True)
             self.unfinished.rename(path)
-            steps = sorted(int(other.name[5:]) for other in self.folder.glob("step-*") if other.name[5:].isdigit())
-            for old in steps[: -self.keep]:
-                shutil.rmtree(self.folder / f"step-{old}")
+            for old in complete(self.folder)[self.keep :]:
+                shutil.rmtree(old)
         dist.barrier()
 
     def poll(self) -> None:
@@ -99,14 +100,15 @@ class Checkpoints:
 
     def resume(self) -> int:
         """Loads the newest checkpoint, if there is one; returns its step, else 0."""
-        path = newest(self.folder)
+        found = complete(self.folder)
         dist.barrier()  # before anybody saves another
-        if path is None:
+        if not found:
             return 0
+        path, *older = found
         compat.before_loading(self.optimizer)
         groups = self.optimizer.param_groups
         rates = [{key: group[key] for key in ("max_lr", "min_lr") if key in group} for group in groups]
-        state = _load(self._state(loading=True, step=0), path)
+        state = _load(self._state(loading=True, step=0), path, older)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler.override_opt_param_scheduler:  # the recipe's schedule, of which groups hold a part
@@ -118,7 +120,7 @@ class Checkpoints:
 
     def load_weights(self, path: Path) -> None:
         """Weights alone, of one of our checkpoints or of Megatron's own training script."""
-        state = _load({"model": self.model.sharded_state_dict(metadata=self.metadata)}, path)
+        state = _load({"model": self.model.sharded_state_dict(metadata=self.metadata)}, path, [])
         self.model.load_state_dict(state["model"])
         self.optimizer.reload_model_params()
 
@@ -128,11 +130,13 @@ class Checkpoints:
         return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict(), "step": step}
 
 
-def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
+def _load(wanted: dict[str, Any], path: Path, older: Sequence[Path]) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint.api import CheckpointException
 
+    if checkpoint_files.is_complete(path):  # else of another of Megatron's formats
+        checkpoint_files.check(path, older, path.parent)
     try:
         return dist_checkpointing.load(wanted, str(path))
     except (CheckpointingException, CheckpointException, KeyError) as error:

@@ -25,8 +25,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torchtitan.components.checkpoint import MODEL, OPTIMIZER, AsyncMode, CheckpointManager
 
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations import checkpoint_files
+from flashmoe_train.integrations.checkpoint_files import is_complete, steps
 from flashmoe_train.integrations.torchtitan import generation
-from flashmoe_train.integrations.torchtitan.checkpoint_files import damage, is_complete, steps
 
 models = generation.part("models")
 
@@ -79,18 +80,10 @@ class Checkpoints(CheckpointManager):
 
     def _check_files(self, checkpoint: Path) -> None:
         """Raises UsageError if a file of the checkpoint is not what was written; says which older one is whole."""
-        problem = damage(checkpoint)
-        if problem is None:
-            return
         own = steps(Path(self.folder))
-        older = own[own.index(checkpoint) + 1 :] if checkpoint in own else []
-        whole = next((path for path in older if damage(path) is None), None)
-        if whole is not None:
-            step = whole.name.removeprefix("step-")
-            hint = f"{whole} is whole: remove {checkpoint} and the run goes on from step {step}"
-        else:
-            hint = f"there is no older one in {self.folder} that is whole"
-        raise UsageError(f"{problem}. A run cannot go on with this checkpoint; {hint}")
+        checkpoint_files.check(
+            checkpoint, own[own.index(checkpoint) + 1 :] if checkpoint in own else [], Path(self.folder)
+        )
 
     def _load_huggingface(self, state_dict: dict[str, Any], folder: str) -> None:
         assert self.sd_adapter is not None

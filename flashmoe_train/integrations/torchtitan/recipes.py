@@ -10,7 +10,8 @@ import torch
 
 from flashmoe_train import data, huggingface
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.torchtitan import checkpoint_files, checkpoints, datasets, generation
+from flashmoe_train.integrations import checkpoint_files
+from flashmoe_train.integrations.torchtitan import checkpoints, datasets, generation
 from flashmoe_train.integrations.torchtitan.generation import OURS
 from flashmoe_train.recipe import with_swap
 from flashmoe_train.schema import Checkpoint, Parallel, Recipe

@@ -1,5 +1,6 @@
 """Trains small Megatron models in the processes of a test, as recipes do, and keeps losses and gradient norms."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -87,17 +88,16 @@ def train(given: Recipe, check: Any = None) -> Run | None:
 
     plan = recipes.resolve(given, dist.get_world_size())
     runner.start_processes(plan)
-    trainer = runner.Trainer(plan)
     try:
-        trainer.train()
-        if check is not None:
-            check(trainer)
-        if trainer.monitor is None:
-            return None
-        steps = trainer.monitor.history.steps
-        return Run([step.loss for step in steps], [step.grad_norm for step in steps])
+        with contextlib.closing(runner.Trainer(plan)) as trainer:
+            trainer.train()
+            if check is not None:
+                check(trainer)
+            if trainer.monitor is None:
+                return None
+            steps = trainer.monitor.history.steps
+            return Run([step.loss for step in steps], [step.grad_norm for step in steps])
     finally:
-        trainer.close()
         parallel_state.destroy_model_parallel()
 
 

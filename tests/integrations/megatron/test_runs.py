@@ -18,6 +18,7 @@ from flashmoe_train.schema import Swap
 
 from ... import processes
 from ...test_train import flashmoe
+from ..damaged import changed, flipped
 from . import jobs
 
 SMALL = ("training.steps=6", "training.seq_len=32", "training.validate_steps=2", "model.num_hidden_layers=2")
@@ -108,12 +109,36 @@ def test_a_resumed_run_has_its_own_schedule(tmp_path: Path) -> None:
     processes.run(_goes_on_with_its_own_schedule, tmp_path, processes=1)
 
 
+def _refuses_damaged(root: Path) -> None:
+    given = [root / "run", root / "tokens.bin", "checkpoint.every=2", "training.warmup_steps=0"]
+    jobs.train(jobs.recipe_of("dense", *given, "training.steps=4"))
+    newest, older = (root / f"run/checkpoint/step-{step}" for step in (4, 2))
+    longer = jobs.recipe_of("dense", *given, "training.steps=5")
+    go_on = rf"\. A run cannot go on with this checkpoint; {older} is whole: remove {newest} and .* from step 2$"
+    for change, text in (
+        (lambda content: content[:-1000], "is cut off: .* bytes of "),
+        (flipped, "is damaged: what lies at byte .* is not what was written"),
+        (lambda content: None, "is missing"),
+    ):
+        with changed(newest / "__0_0.distcp", change), pytest.raises(UsageError, match=f"{newest}/.* {text}.*{go_on}"):
+            jobs.train(longer)
+    with changed(newest / "__0_0.distcp", flipped), pytest.raises(UsageError, match=r"step-4/__0_0\.distcp is damaged"):
+        jobs.train(jobs.recipe_of("dense", root / "new", root / "tokens.bin", f"checkpoint.start_from={newest}"))
+    run = jobs.train(longer)
+    assert run is not None and len(run.losses) == 1
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    jobs.write_tokens(tmp_path)
+    processes.run(_refuses_damaged, tmp_path, processes=1)
+
+
 def test_keeps_the_newest_and_starts_from_weights(tmp_path: Path) -> None:
     jobs.write_tokens(tmp_path)
     processes.run(_keeps, tmp_path, processes=1)
     folder = tmp_path / "run/checkpoint"
     assert sorted(path.name for path in folder.iterdir()) == ["step-3", "step-4", "unfinished"]
-    assert checkpoints.newest(folder) == folder / "step-4" and checkpoints.newest(tmp_path) is None
+    assert checkpoints.complete(folder) == [folder / "step-4", folder / "step-3"]
 
 
 def _saves_the_last_step(root: Path) -> None:

@@ -1,11 +1,9 @@
 """Work is kept: resuming, exchange with stock, runs that are killed while they save, Hugging Face's format."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,12 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from flashmoe_train import recipe
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.checkpoint_files import is_complete
 from flashmoe_train.integrations.torchtitan import recipes
-from flashmoe_train.integrations.torchtitan.checkpoint_files import is_complete
 from flashmoe_train.integrations.torchtitan.converters import job
 
 from ... import processes
+from ..damaged import changed, flipped
 from .runs import SMALL, train
 
 slow = pytest.mark.slow
@@ -181,28 +180,6 @@ def _refuses_alone(root: Path, processes_then: int) -> None:
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     processes.run(train, tmp_path / "run", CHECKPOINTS)
     processes.run(_refuses_alone, tmp_path, 2, processes=1)
-
-
-@contextlib.contextmanager
-def changed(path: Path, change: Callable[[bytes], bytes | None]) -> Iterator[None]:
-    """A file of a checkpoint with other contents, or without it."""
-    before = path.read_bytes()
-    dist.barrier()
-    if dist.get_rank() == 0:
-        after = change(before)
-        path.unlink() if after is None else path.write_bytes(after)
-    dist.barrier()
-    yield
-    dist.barrier()
-    if dist.get_rank() == 0:
-        path.write_bytes(before)
-    dist.barrier()
-
-
-def flipped(content: bytes) -> bytes:
-    """One bit is another, in the middle of the largest tensor."""
-    place = len(content) // 2
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
 def _refuses_damaged(root: Path) -> None:

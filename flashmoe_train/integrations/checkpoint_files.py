@@ -1,4 +1,5 @@
-"""Whether the files of a checkpoint are what was written: all there, whole, and every byte of every tensor.
+"""Whether the files of a checkpoint in PyTorch's distributed format, which TorchTitan and Megatron-core write, are what
+was written: all there, whole, and every byte of every tensor.
 
 Each tensor lies in a file as `torch.save` writes it, an archive with a checksum of its contents. Reading them does not
 look at the checksums: a flipped bit would become a weight.
@@ -13,11 +14,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from flashmoe_train.errors import UsageError
+
 _METADATA = ".metadata"
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds a whole checkpoint of TorchTitan's own format: its metadata is written last."""
+    """Whether `folder` holds a whole checkpoint of that format: its metadata is written last."""
     return (folder / _METADATA).is_file()
 
 
@@ -25,6 +28,21 @@ def steps(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, the newest first."""
     found = {path: path.name.removeprefix("step-") for path in folder.glob("step-*") if is_complete(path)}
     return sorted((path for path, step in found.items() if step.isdecimal()), key=lambda path: -int(found[path]))
+
+
+def check(checkpoint: Path, older: Sequence[Path], folder: Path) -> None:
+    """Raises UsageError if a file of a complete checkpoint is not what was written; says which of the older ones of the
+    run in `folder`, the newest first, is whole. Called by all processes."""
+    problem = damage(checkpoint)
+    if problem is None:
+        return
+    whole = next((path for path in older if damage(path) is None), None)
+    if whole is not None:
+        step = whole.name.removeprefix("step-")
+        hint = f"{whole} is whole: remove {checkpoint} and the run goes on from step {step}"
+    else:
+        hint = f"there is no older one in {folder} that is whole"
+    raise UsageError(f"{problem}. A run cannot go on with this checkpoint; {hint}")
 
 
 def damage(checkpoint: Path) -> str | None:
