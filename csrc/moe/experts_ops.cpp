@@ -30,11 +30,12 @@ Weights weights_of(const Tensor& w, int64_t row = 0, int64_t column = 0) {
   return {const_cast<char*>(data + (row * w.stride(1) + column) * w.element_size()), w.stride(1), w.stride(0)};
 }
 
-// Columns of d that are permuted at a time for a gradient of weights, in which each is on its own: all, a half or a quarter, by
-// how much memory the steps before have had (docs/kernels/moe.md). Fewer need less memory, but each chunk is a launch, which
-// reads the other operand anew and ends with idle multiprocessors. A multiple of both sides of a tile, so that only the last
-// chunk has tiles that are not whole.
+// Columns of d that are permuted at a time for a gradient of weights, in which each is on its own: all, or where the gradients
+// are most of the memory a half, of long ones a quarter (docs/kernels/moe.md). Each chunk is a launch, which reads the other
+// operand anew and ends with idle multiprocessors. A multiple of both sides of a tile, so that only the last chunk has
+// tiles that are not whole.
 constexpr int LEAST_CHUNK = 512, CHUNK_MULTIPLE = 256;
+constexpr double LONG = 1e12;  // FLOPs of the gradients of w1 and w3
 
 // From this hidden dim on tokens are copied to their rows beside the products that read them, which take long enough then; below
 // it they are permuted before.
@@ -194,23 +195,24 @@ struct Layer {
     return copied_beside() ? matrix_of(experts.dim) : permute_tokens(tokens, row_slot, slot_row);
   }
 
-  int chunk() const {
+  // For the gradients that come last, when all of them are alive.
+  int last_chunk() const {
     const Experts& e = experts;
-    const bool gradients_are_most = int64_t(e.count) * e.dim > e.rows;
-    const int parts = gradients_are_most ? 4 : copied_beside() && e.dim > 2 * e.hidden ? 2 : 1;
+    const bool most_of_memory = int64_t(e.count) * e.dim > e.rows;
+    const int parts = !most_of_memory ? 1 : 4.0 * e.rows * e.hidden * e.dim < LONG ? 2 : 4;
     const int part = (e.dim + parts - 1) / parts;
     return std::min(std::max(LEAST_CHUNK, (part + CHUNK_MULTIPLE - 1) / CHUNK_MULTIPLE * CHUNK_MULTIPLE), e.dim);
   }
-  int chunks() const { return routed ? (experts.dim + chunk() - 1) / chunk() : 1; }
+  // For that of w2, which comes last where experts are wider than the model, else before the others are there.
+  int down_chunk() const { return experts.hidden > experts.dim ? last_chunk() : experts.dim; }
 
-  // Rows of tokens for gradients of weights, by chunks of columns, one after the other in the same memory:
+  // Rows of tokens for gradients of weights, by chunks of `width` columns, one after the other in the same memory:
   // visit(counter of claimed tiles, what to gather, rows, first column, columns). What is rows already is one chunk.
   template <typename Visit>
-  void each_chunk(const Tensor& tokens, cudaStream_t stream, Visit visit) const {
+  void each_chunk(const Tensor& tokens, int width, cudaStream_t stream, Visit visit) const {
     const Tensor source = readable(tokens);
-    const Counters counters = this->counters(chunks(), true, stream);
+    const Counters counters = this->counters(routed ? (experts.dim + width - 1) / width : 1, true, stream);
     if (!routed) return visit(counters.claimed(0), Gather{}, matrix(source), 0, experts.dim);
-    const int width = chunk();
     Tensor rows = matrix_of(width);
     for (int i = 0, begin = 0; begin < experts.dim; ++i, begin += width) {
       const int columns = std::min(width, experts.dim - begin);
@@ -367,7 +369,8 @@ void weight_gradient_down(Tensor dw2, const Tensor& dout, const Tensor& a, const
   if (!has_rows(layer, accumulate, {&dw2})) return;
   const Tensor a_ = readable(a);
   const cudaStream_t stream = current_stream(dout);
-  layer.each_chunk(dout, stream, [&](int32_t* claimed, const Gather& gather, const Matrix& dy, int begin, int columns) {
+  layer.each_chunk(dout, layer.down_chunk(), stream, [&](int32_t* claimed, const Gather& gather, const Matrix& dy, int begin,
+                                                         int columns) {
     check_launch(moe_weight_gradient_down(
         {e, claimed, gather, columns, dy, matrix(a_), weights_of(dw2, begin), to(dw2, accumulate)}, stream));
   });
@@ -388,7 +391,8 @@ void weight_gradient_up(Tensor dw1, Tensor dw3, const Tensor& x, const Tensor& d
   if (!has_rows(layer, accumulate, {&dw1, &dw3})) return;
   const Tensor dh_ = readable(dh);
   const cudaStream_t stream = current_stream(x);
-  layer.each_chunk(x, stream, [&](int32_t* claimed, const Gather& gather, const Matrix& rows, int begin, int columns) {
+  layer.each_chunk(x, layer.last_chunk(), stream, [&](int32_t* claimed, const Gather& gather, const Matrix& rows, int begin,
+                                                      int columns) {
     check_launch(moe_weight_gradient_up({e, claimed, gather, columns, matrix(dh_), rows, weights_of(dw1, 0, begin),
                                          weights_of(dw3, 0, begin), to(dw1, accumulate)},
                                         stream));

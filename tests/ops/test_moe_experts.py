@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from flashmoe_train.bench.measure import free
 from flashmoe_train.ops.moe import MoECase, WeightGradients, moe, moe_rows, route_plan, supports
 from flashmoe_train.ops.moe import reference as references
-from flashmoe_train.ops.moe.experts import LEAST_HIDDEN_BESIDE
 
 from .moe_cases import Case, backward_by_operators, parts_of_backward
 from .operators import ON_HOPPER, saving
@@ -254,14 +253,13 @@ def test_direct_call_names_the_wrong_argument(
 def most_alive(tokens: int, dim: int, hidden: int, experts: int, top_k: int) -> int:
     """Numbers that are alive at once where the most are, beside the inputs: docs/kernels/moe.md."""
     rows, dw = tokens * top_k, experts * hidden * dim
-    beside, last = hidden >= LEAST_HIDDEN_BESIDE, hidden > dim
-    kept = not beside and 5 * hidden <= 3 * dim
-    chunk = max(512, dim // (4 if experts * dim > rows else 2 if beside and dim > 2 * hidden else 1))
+    last, kept = hidden > dim, 5 * hidden <= 3 * dim
+    chunk = max(512, dim // (1 if experts * dim <= rows else 2 if 4 * rows * hidden * dim < 1e12 else 4))
     a = hidden * last  # still there
     return tokens * dim + max(
         rows * (3 * hidden + dim),  # forward: h, a and the rows of out
         rows * max(5 * hidden + dim * kept, 3 * hidden + dim),  # h, dh, a, the rows of dout
-        rows * (3 * hidden + (dim if kept else chunk)) + dw,
+        rows * (3 * hidden + dim) + dw,
         rows * (2 * hidden + a + dim) + (0 if last else dw) + tokens * dim,  # dh and the rows of dx
         rows * (2 * hidden + a + chunk) + (2 if last else 3) * dw + tokens * dim,
         rows * (a + chunk * last) + 3 * dw + tokens * dim,
@@ -274,8 +272,9 @@ def most_alive(tokens: int, dim: int, hidden: int, experts: int, top_k: int) -> 
     [
         Case(4096, 1024, 512, 8, 4),  # most beside the rows of dout
         Case(4096, 1024, 768, 8, 4),  # most in SwiGLU's gradient
-        Case(4096, 2048, 768, 8, 4),  # and rows in halves
-        Case(4096, 1024, 2048, 32, 4),  # most beside the gradients of w1 and w3
+        Case(8192, 2048, 512, 64, 4),  # beside the gradients of w1 and w3, rows in halves
+        Case(16384, 2048, 2048, 64, 4),  # and in quarters
+        Case(4096, 1024, 2048, 32, 4),  # beside those of w2, which come last
     ],
     ids=str,
 )

@@ -374,7 +374,12 @@ def test_repeats_bitwise(routing: str, dtype: torch.dtype) -> None:
 
 # ------------------------------------------------------------------------------------------------ for compute-sanitizer
 
-TINY = [Case(5, 8, 8, 3, routing="skipped"), Case(150, 72, 40, 4), Case(70, 264, 136, 2, top_k=1, routing="one")]
+TINY = [
+    Case(5, 8, 8, 3, routing="skipped"),
+    Case(150, 72, 40, 4),
+    Case(70, 264, 136, 2, top_k=1, routing="one"),
+    Case(70, 520, 776, 2, routing="skipped"),  # products copy rows themselves, and dw2 comes last
+]
 
 
 @EACH_DTYPE

@@ -43,8 +43,6 @@ from flashmoe_train.ops.moe.reference import (
     reference_weight_gradient_up_,
 )
 
-LEAST_HIDDEN_BESIDE = 768  # of experts whose products copy rows themselves, as csrc/moe/experts_ops.cpp has it
-
 _PLAN = "Tensor offsets, Tensor? row_slot, Tensor? slot_row"
 for schema in (
     f"moe_forward(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor? weights, {_PLAN}, str score_mode)"
@@ -233,11 +231,10 @@ def experts_backward(
     saved.clear()
     plan = offsets, row_slot, slot_row
     dout = dout.contiguous()
-    # From n and d alone: R may be a number that a compiler does not know. Where products copy rows beside what they
-    # multiply that is done twice; where rows are permuted before, they stay: then R (5n + d) numbers are alive with h,
-    # dh and a, R · 4d at most, instead of R · 5n.
+    # From n and d alone: R may be a number that a compiler does not know. R (5n + d) numbers are alive with h, dh and a
+    # then, R · 4d at most, instead of R · 5n.
     hidden, dim = w1.shape[1:]
-    keep_rows = keep_rows and row_slot is not None and hidden < LEAST_HIDDEN_BESIDE and 5 * hidden <= 3 * dim
+    keep_rows = keep_rows and row_slot is not None and 5 * hidden <= 3 * dim
     dh, a, dweights, dy = moe_down_backward(dout, w2, weights, h, *plan, score_mode, keep_rows)
     del h
     of_down = (dy, a, offsets, None, None) if keep_rows else (dout, a, *plan)
