@@ -6,6 +6,7 @@ process that trains, `adjusted()` for one that does other things afterwards.
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,6 +71,14 @@ def _adjustments() -> Iterator[tuple[Any, str, Any]]:
 
     for module in (moe_utils, token_dispatcher):
         yield module, "maybe_move_tensor_to_cpu", _on_host
+    # Experts are initialised on the CPU from a random state that all processes have alike, where on a GPU each has its
+    # own for them: under expert parallelism an expert begins with a twin in every other process.
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    from flashmoe_train.integrations.megatron.experts import FlashMoEExperts
+
+    for experts in (SequentialMLP, FlashMoEExperts):
+        yield experts, "__init__", _among_all_experts(experts.__init__)
     # gloo takes no device ids.
     yield dist, "barrier", _barrier(dist.barrier)
 
@@ -107,6 +116,23 @@ def _cuda_type(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _among_all_experts(stock: Callable[..., None]) -> Callable[..., None]:
+    """Initialises the experts of all processes, in their order, and keeps those of this process: they are those that a
+    process alone would have, and so is what is initialised after them."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        given = signature.bind(self, *args, **options).arguments
+        config, group = given["config"], given["pg_collection"].ep
+        draws = config.use_cpu_initialization and config.perform_initialization
+        for rank in range(group.size()) if draws else (group.rank(),):
+            experts = self if rank == group.rank() else object.__new__(type(self))
+            stock(experts, *args, **options)
+
+    return __init__
 
 
 def _barrier(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@
 what fails without it; none of them touches a machine that has a CUDA GPU.
 """
 
+import functools
 import os
 import types
 from collections.abc import Callable
@@ -22,6 +23,7 @@ def apply() -> None:
     _find_cpu()
     _device_functions()
     _histc()
+    _random_numbers()
     _gloo()
     _profiler()
 
@@ -60,6 +62,36 @@ def _histc() -> None:
         return torch.zeros(bins, dtype=x.dtype).scatter_add(0, x, torch.ones_like(x))  # a static shape under compile
 
     torch.histc = histc_of_integers  # type: ignore[assignment]
+
+
+def _random_numbers() -> None:
+    # Only on CUDA-like devices does DTensor give the shards of a tensor random numbers of their own. On a CPU processes
+    # fill theirs from equal states: what FSDP cuts in two begins with equal halves, and experts have twins in the other
+    # processes of expert parallelism. So each process draws the whole tensor and keeps its shard. States then go on as
+    # in a process alone, and a model begins with the same weights in every layout; except under pipeline parallelism,
+    # where TorchTitan gives each stage a seed.
+    from torch import nn
+    from torch.distributed.tensor import DTensor, Replicate
+
+    def of_the_whole(fill: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(fill)
+        def fill_shards(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+            if not isinstance(tensor, DTensor):
+                return fill(tensor, *args, **options)
+            whole = fill(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device), *args, **options)
+            everywhere = [Replicate()] * tensor.device_mesh.ndim
+            with torch.no_grad():
+                numbers = DTensor.from_local(whole, tensor.device_mesh, everywhere, run_check=False)
+                tensor.copy_(numbers.redistribute(placements=tensor.placements))
+            return tensor
+
+        return fill_shards
+
+    DTensor.normal_ = of_the_whole(torch.Tensor.normal_)  # type: ignore[method-assign]
+    DTensor.uniform_ = of_the_whole(torch.Tensor.uniform_)  # type: ignore[method-assign]
+    # It draws again while numbers are out of bounds; of a DTensor torch 2.13 asks that process by process, and their
+    # states part.
+    nn.init.trunc_normal_ = of_the_whole(nn.init.trunc_normal_)
 
 
 def permute_without_triton() -> None:
