@@ -38,7 +38,9 @@ def train(
     """Trains RECIPE on this machine, under torchrun."""
     with usage_errors():
         loaded = recipes.load(recipe, overrides or [])
-        if restarts and not (loaded.checkpoint.every or loaded.torchtitan.get("checkpoint", {}).get("enable")):
+        own = loaded.torchtitan.get("checkpoint", {})
+        keeps = loaded.checkpoint.every or not isinstance(own, dict) or own.get("enable")  # no table: refused later
+        if restarts and not keeps:
             raise UsageError(
                 f"--restarts {restarts}: without checkpoints a run would begin anew; say [checkpoint] every, found none"
             )

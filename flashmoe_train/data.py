@@ -18,6 +18,7 @@ from flashmoe_train.resources import replace_file
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from tokenizers import Tokenizer
 
 BYTE_TOKENIZER = "bytes"
 TORCH_SOURCES = {"torch_sources": False, "torch_sources_heldout": True}  # held out?
@@ -113,11 +114,26 @@ def unigram_entropy() -> float:
     return -(p * p.log()).sum().item()
 
 
+def entropy_for_scale(source: Any, tokenizer: Path) -> float | None:
+    """`unigram_entropy`, if a loss can be held against it: on the training files, with the tokenizer in that folder
+    taking each byte for a token. None elsewhere: a token of another tokenizer is several bytes."""
+    file = tokenizer / "tokenizer.json"
+    in_bytes = file.is_file() and file.read_text(encoding="utf-8") == _byte_tokenizer().to_str()
+    return unigram_entropy() if source == "torch_sources" and in_bytes else None
+
+
 BYTE_VOCABULARY = 258  # 256 bytes, <bos>, <eos>
 
 
 def write_byte_tokenizer(folder: Path) -> Path:
     """Writes a Hugging Face tokenizer with one token per byte and <bos>, <eos> into `folder`; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "tokenizer.json", _byte_tokenizer().to_str())
+    replace_file(folder / "tokenizer_config.json", '{"bos_token": "<bos>", "eos_token": "<eos>"}\n')
+    return folder
+
+
+def _byte_tokenizer() -> "Tokenizer":
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -126,7 +142,4 @@ def write_byte_tokenizer(folder: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<bos>", "<eos>")])
     assert tokenizer.get_vocab_size() == BYTE_VOCABULARY
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "tokenizer.json", tokenizer.to_str())
-    replace_file(folder / "tokenizer_config.json", '{"bos_token": "<bos>", "eos_token": "<eos>"}\n')
-    return folder
+    return tokenizer

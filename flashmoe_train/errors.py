@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Sequence
 
+USAGE_ERROR = 2  # what a program that a UsageError has ended returns
+
 
 class UsageError(ValueError):
     """A recipe, an option or an installation asks for something that cannot be done; its text says what is possible.

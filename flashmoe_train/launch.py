@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from flashmoe_train.errors import USAGE_ERROR
 from flashmoe_train.recipe import write
 from flashmoe_train.schema import Recipe
 
@@ -22,26 +23,30 @@ def default_processes() -> int:
 
 def torchrun(arguments: list[str], processes: int, restarts: int = 0) -> None:
     """Runs `-m flashmoe_train.train` with these arguments on every process. If one of them fails, torchrun ends the
-    others and starts all again, at most `restarts` times; then this process ends too."""
+    others, and all are started again, at most `restarts` times and not after a usage error, which would come again;
+    then this process ends too."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     # torchrun would set one thread for each of several processes: share the cores out instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    if restarts:
-        # In torchrun's own store new processes would find what dead ones have left, such as where their memory is.
-        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # A process that fails prints its own error; torchrun's reports of it would bury that.
     for module in ("api", "errors.error_handler"):
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{module}").setLevel(logging.CRITICAL)
-    try:
-        options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
-        main([*options, "-m", "flashmoe_train.train", *arguments])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            sys.exit(f"error: process {rank} was ended by {failure.signal_name()}")
-        sys.exit(failure.exitcode)
+    options = ["--standalone", f"--nproc-per-node={processes}", "--max-restarts=0"]
+    for start in range(restarts + 1):
+        try:
+            # Torchrun's own restarts would not spare usage errors, and would leave new processes a store with what dead
+            # ones have left in it, such as where their memory is.
+            main([*options, "-m", "flashmoe_train.train", *arguments])
+            return
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+        killed = failure.exitcode < 0
+        how = f"process {rank} " + (f"was ended by {failure.signal_name()}" if killed else "failed")
+        if start == restarts or failure.exitcode == USAGE_ERROR:
+            sys.exit(f"error: {how}" if killed else failure.exitcode)
+        print(f"{how}: all processes start again, restart {start + 1} of {restarts}", file=sys.stderr)
 
 
 class RunError(Exception):

@@ -1,6 +1,7 @@
 """What a person sees of a training run, whichever framework runs it: progress bar, loss curve, summary.
 
-One process of a run has a Monitor. It leaves `loss.png` and `summary.json` in the run's folder.
+One process of a run has a Monitor. It leaves `loss.png` and `summary.json` in the run's folder, and `history.jsonl`, to
+which every step is added as it is logged: a run that was killed has that alone, and goes on with it when it is resumed.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flashmoe_train.resources import replace_file
 from flashmoe_train.swap import Report
 
 
@@ -44,6 +46,21 @@ class History:
     heldout: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
 
 
+def _read(path: Path, before: int) -> History:
+    """What such a file holds of the steps before that one."""
+    found = History()
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill has cut off, a file not ours
+            line = json.loads(text)
+            if line["step"] >= before:
+                continue
+            if "heldout" in line:
+                found.heldout.append((line["step"], line["heldout"]))
+            else:
+                found.steps.append(Step(**line))
+    return found
+
+
 def new_console() -> Console:
     """The screen, or a file that is as wide as our tables."""
     console = Console()
@@ -59,6 +76,8 @@ class Monitor:
         self.folder = folder
         self.total_steps = total_steps
         self.history = History()
+        self._earlier = History()  # what the runs before have logged that this one has resumed
+        self._file = folder / "history.jsonl"
         self.console = console or new_console()
         columns = (
             TextColumn(title),
@@ -74,6 +93,7 @@ class Monitor:
             self.console.print(title)
 
     def log_step(self, step: Step) -> None:
+        self._write(step.step, asdict(step))
         self.history.steps.append(step)
         now = f"loss {step.loss:.3f}  {step.tokens_per_s:,.0f} tokens/s"
         self._progress.update(self._task, completed=step.step, now=now)
@@ -82,6 +102,7 @@ class Monitor:
             self.console.print(f"step {step.step:>5}/{self.total_steps}  {now}", highlight=False)
 
     def log_heldout(self, step: int, loss: float) -> None:
+        self._write(step, {"step": step, "heldout": loss})
         self.history.heldout.append((step, loss))
 
     def stop(self) -> None:
@@ -104,7 +125,8 @@ class Monitor:
             )
             return
         tokens_per_s = median(step.tokens_per_s for step in self.history.steps[1:] or self.history.steps)
-        self._remember()
+        begun = self.history.steps[0].step
+        self.history = History(self._earlier.steps + self.history.steps, self._earlier.heldout + self.history.heldout)
         first, last = self.history.steps[0], self.history.steps[-1]
         curve = self._draw(unigram_entropy)
         skipped = 0 if overflows is None else overflows.skipped_steps
@@ -112,7 +134,8 @@ class Monitor:
 
         self.console.print(swaps.table())
         facts = Table.grid(padding=(0, 2))
-        facts.add_row("loss", f"{first.loss:.3f} → {last.loss:.3f} nats per token over {last.step} steps")
+        steps = f"over {last.step} steps" if first.step == 1 else f"from step {first.step} to {last.step}"
+        facts.add_row("loss", f"{first.loss:.3f} → {last.loss:.3f} nats per token {steps}")
         if self.history.heldout:
             facts.add_row("held-out loss", f"{self.history.heldout[-1][1]:.3f}")
         if unigram_entropy is not None:
@@ -122,9 +145,10 @@ class Monitor:
             dropped = sum(step.dropped_rows or 0 for step in self.history.steps)
             facts.add_row("expert load", f"busiest expert {last.expert_load:.2f} × the mean; {dropped} rows dropped")
         if overflows is not None and skipped:
+            since = "" if begun == 1 else f" since step {begun}"
             facts.add_row(
                 "skipped steps",
-                f"{skipped}: experts had no room for {overflows.lost_rows:,} rows; the logs name layers",
+                f"{skipped}{since}: experts had no room for {overflows.lost_rows:,} rows; the logs name layers",
             )
         facts.add_row("TensorBoard", f"tensorboard --logdir {tensorboard}")
         facts.add_row("loss curve", str(curve))
@@ -132,16 +156,16 @@ class Monitor:
         facts.add_row("next", next_command)
         self.console.print(facts, highlight=False, soft_wrap=True)
 
-    def _remember(self) -> None:
-        """Puts the steps of an earlier run, which this one has resumed, before its own."""
-        path, start = self.folder / "summary.json", self.history.steps[0].step
-        if start == 1 or not path.exists():
-            return
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a file that is not ours
-            earlier = json.loads(path.read_text())
-            heldout = [(check["step"], check["loss"]) for check in earlier["heldout"] if check["step"] < start]
-            self.history.steps[:0] = [Step(**step) for step in earlier["steps"] if step["step"] < start]
-            self.history.heldout[:0] = heldout
+    def _write(self, step: int, line: dict[str, Any]) -> None:
+        """Adds a line to the file; before the first one it drops what an earlier run in this folder has seen from that
+        step on: of a run that begins, all of it, of one that is resumed, the steps after its checkpoint."""
+        if not (self.history.steps or self.history.heldout):
+            self._earlier = _read(self._file, step)
+            kept = [json.dumps(asdict(logged)) for logged in self._earlier.steps]
+            kept += [json.dumps({"step": at, "heldout": loss}) for at, loss in self._earlier.heldout]
+            replace_file(self._file, "".join(text + "\n" for text in kept))
+        with open(self._file, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _write_summary(self, swaps: Report, tokens_per_s: float, unigram_entropy: float | None, skipped: int) -> Path:
         path = self.folder / "summary.json"

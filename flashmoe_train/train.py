@@ -14,7 +14,7 @@ import typer
 
 from flashmoe_train import integrations
 from flashmoe_train import recipe as recipes
-from flashmoe_train.errors import UsageError
+from flashmoe_train.errors import USAGE_ERROR, UsageError
 
 Recipe = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that ships with the package.")]
 Overrides = Annotated[
@@ -51,7 +51,7 @@ def usage_errors(patience: float = 0.0) -> Iterator[None]:
     except UsageError as error:
         time.sleep(patience)
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(USAGE_ERROR) from None
 
 
 def patience() -> float:

@@ -1,5 +1,6 @@
 """The quickstart's corpus and tokenizer."""
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -29,6 +30,19 @@ def test_unigram_entropy() -> None:
     total = sum(counts.values())
     wanted = -sum(n / total * math.log(n / total) for n in counts.values())
     assert math.isclose(data.unigram_entropy(), wanted, rel_tol=1e-9)
+
+
+def test_entropy_of_bytes_is_for_losses_of_bytes(tmp_path: Path) -> None:
+    own = data.write_byte_tokenizer(tmp_path / "bytes")
+    assert data.entropy_for_scale("torch_sources", own) == data.unigram_entropy()
+    assert data.entropy_for_scale("text.jsonl", own) is None
+    assert data.entropy_for_scale("torch_sources", tmp_path / "nowhere") is None
+    merging = json.loads((own / "tokenizer.json").read_text())
+    merging["model"]["vocab"]["ee"] = 258
+    merging["model"]["merges"] = [["e", "e"]]
+    (tmp_path / "merging").mkdir()
+    (tmp_path / "merging/tokenizer.json").write_text(json.dumps(merging))
+    assert data.entropy_for_scale("torch_sources", tmp_path / "merging") is None
 
 
 def test_byte_tokenizer(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
-"""What is said of a run that failed."""
+"""How processes are started, and started again; what is said of a run that failed."""
+
+import signal
 
 import pytest
+import torch.distributed.run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from flashmoe_train.launch import reason
+from flashmoe_train.launch import reason, torchrun
 
 
 @pytest.mark.parametrize(
@@ -19,3 +23,46 @@ from flashmoe_train.launch import reason
 def test_last_line_that_names_an_error(output: str, errors: str, wanted: str) -> None:
     found = reason(output, errors)
     assert found.endswith(wanted) and (bool(found) == bool(wanted)) and "\n" not in found
+
+
+@pytest.mark.parametrize(
+    "codes, restarts, starts, ends_with",
+    [
+        ([0], 3, 1, None),
+        ([-signal.SIGKILL, 1, 0], 3, 3, None),
+        ([1, 1, 1], 1, 2, 1),
+        ([1], 0, 1, 1),
+        ([-signal.SIGKILL], 0, 1, "error: process 1 was ended by SIGKILL"),
+        ([2, 0], 3, 1, 2),  # a usage error would come again
+        ([-signal.SIGKILL, 2, 0], 3, 2, 2),
+    ],
+)
+def test_starts_again_unless_the_user_was_wrong(
+    codes: list[int],
+    restarts: int,
+    starts: int,
+    ends_with: int | str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`codes`: what the process that fails first returns in each start; 0: none fails."""
+    started: list[list[str]] = []
+
+    def main(arguments: list[str]) -> None:
+        started.append(arguments)
+        if code := codes[len(started) - 1]:
+            failure = ProcessFailure(local_rank=1, pid=1, exitcode=code, error_file="<N/A>")
+            raise ChildFailedError("train", {1: failure})
+
+    monkeypatch.setattr(torch.distributed.run, "main", main)
+    if ends_with is None:
+        torchrun(["a.toml"], 2, restarts)
+    else:
+        with pytest.raises(SystemExit) as ended:
+            torchrun(["a.toml"], 2, restarts)
+        assert ended.value.code == ends_with
+    assert len(started) == starts and started[0][-1] == "a.toml"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == starts - 1
+    if codes[0] == -signal.SIGKILL and starts > 1:
+        assert said[0] == f"process 1 was ended by SIGKILL: all processes start again, restart 1 of {restarts}"

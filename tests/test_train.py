@@ -44,6 +44,7 @@ def test_trains_and_reports(tmp_path: Path) -> None:
         "What was swapped",
         "FlashMoEAttention",
         "held-out loss",
+        "for scale",
         "expert load",
         "tensorboard --logdir",
         "next",

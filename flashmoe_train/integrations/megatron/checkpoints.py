@@ -58,9 +58,9 @@ class Checkpoints:
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
 
-    def save(self, step: int) -> None:
-        """All processes call it. A run that is killed in between leaves the checkpoint before as the newest. An
-        asynchronous one is a copy from now on, which another process writes."""
+    def save(self, step: int, position: dict[str, int]) -> None:
+        """All processes call it; `position` is where the data goes on. A run that is killed in between leaves the
+        checkpoint before as the newest. An asynchronous one is a copy from now on, which another process writes."""
         from megatron.core import dist_checkpointing
 
         self.finish()
@@ -70,7 +70,7 @@ class Checkpoints:
             self.unfinished.mkdir(parents=True)
         dist.barrier()
         with compat.complete_parameters(self.wrapped):
-            state = self._state(loading=False, step=step)
+            state = self._state(loading=False) | {"step": step, "position": position}
             later = dist_checkpointing.save(state, str(self.unfinished), async_sharded_save=self.writing is not None)
             if self.writing is not None:
                 later.add_finalize_fn(lambda: self._publish(step))
@@ -98,17 +98,17 @@ class Checkpoints:
         if self.writing is not None:
             self.writing.maybe_finalize_async_calls(blocking=True)
 
-    def resume(self) -> int:
-        """Loads the newest checkpoint, if there is one; returns its step, else 0."""
+    def resume(self) -> tuple[int, dict[str, int]]:
+        """Loads the newest checkpoint, if there is one; returns its step, else 0, and where its data goes on."""
         found = complete(self.folder)
         dist.barrier()  # before anybody saves another
         if not found:
-            return 0
+            return 0, {}
         path, *older = found
         compat.before_loading(self.optimizer)
         groups = self.optimizer.param_groups
         rates = [{key: group[key] for key in ("max_lr", "min_lr") if key in group} for group in groups]
-        state = _load(self._state(loading=True, step=0), path, older)
+        state = _load(self._state(loading=True), path, older)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler.override_opt_param_scheduler:  # the recipe's schedule, of which groups hold a part
@@ -116,7 +116,7 @@ class Checkpoints:
                 group.update(own)
         self.scheduler.load_state_dict(state["scheduler"])
         compat.after_loading(self.optimizer)
-        return state["step"]
+        return state["step"], state.get("position", {})
 
     def load_weights(self, path: Path) -> None:
         """Weights alone, of one of our checkpoints or of Megatron's own training script."""
@@ -124,10 +124,10 @@ class Checkpoints:
         self.model.load_state_dict(state["model"])
         self.optimizer.reload_model_params()
 
-    def _state(self, loading: bool, step: int) -> dict[str, Any]:
+    def _state(self, loading: bool) -> dict[str, Any]:
         model = self.model.sharded_state_dict(metadata=self.metadata)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=self.metadata)
-        return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict(), "step": step}
+        return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
 
 
 def _load(wanted: dict[str, Any], path: Path, older: Sequence[Path]) -> dict[str, Any]:

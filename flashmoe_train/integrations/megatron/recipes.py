@@ -2,12 +2,14 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from flashmoe_train import data, huggingface
 from flashmoe_train.errors import UsageError, nearest
@@ -46,6 +48,10 @@ class Job:
         own = dict(recipe.megatron)
         self.tables: dict[str, dict[str, Any]] = {name: dict(_table(own, name)) for name in _TABLES}
         self.tables["config"] = own
+        for name, known in _known(recipe.model is not None and recipe.model.mla is not None).items():
+            self.tables[name] = _checked(
+                self.tables[name], known, f"megatron.{name}" if name in _TABLES else "megatron"
+            )
         self.said_by: dict[str, str] = {}
 
     def say(self, place: str, value: Any, key: str) -> None:
@@ -107,10 +113,23 @@ def resolve(recipe: Recipe, processes: int) -> Plan:
     for key, value in arguments.config.items():
         job.say(f"config.{key}", value, "[model]")
     layout = _layout(recipe, model, processes)
+    degrees = {key: getattr(layout, key) for key in ("tensor", "pipeline", "expert")}
+    if recipe.checkpoint.export is not None and (found := [f"{key} = {n}" for key, n in degrees.items() if n > 1]):
+        raise UsageError(
+            f"[checkpoint] export: under Megatron every process has to have the whole model, found [parallel] "
+            f"{', '.join(found)}"
+        )
     _say_parallelism(job, layout, model)
     _say_precision(job, recipe)
     _say_training(job, recipe, steps)
     config, optimizer, ddp, scheduler = _configurations(job, arguments.latent)
+    _check_widths(config, model, seq_len)
+    stage, experts = processes // layout.pipeline, layout.expert * (config.expert_tensor_parallel_size or 1)
+    if model.moe is not None and stage % experts:
+        raise UsageError(
+            f"[parallel] expert = {layout.expert} × [megatron] expert_tensor_parallel_size = "
+            f"{config.expert_tensor_parallel_size} must divide the {stage} processes of each pipeline stage"
+        )
     checks.parallelism(config)
     if recipe.swap.attention == "flashmoe":
         checks.attention(config)
@@ -152,6 +171,44 @@ def _sharing(recipe: Recipe, layout: Layout, config: Any, seq_len: int) -> Shari
     return Sharing(-(-layout.micro_batch * seq_len // layout.tensor), swap.dispatch_capacity)
 
 
+def _known(latent: bool) -> dict[str, dict[str, Any]]:
+    """The keys of each table, with their types."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    scheduler = [*inspect.signature(OptimizerParamScheduler.__init__).parameters.values()][2:]
+    return {
+        "config": get_type_hints(MLATransformerConfig if latent else TransformerConfig),
+        "optimizer": get_type_hints(OptimizerConfig),
+        "ddp": get_type_hints(DistributedDataParallelConfig),
+        "scheduler": {parameter.name: parameter.annotation for parameter in scheduler},
+    }
+
+
+def _checked(given: dict[str, Any], known: dict[str, Any], table: str) -> dict[str, Any]:
+    """The values of a table in the types of its keys. Raises UsageError for other keys and types."""
+    found = {}
+    for key, value in given.items():
+        if key not in known:
+            what = f"table [{table}.{key}]" if isinstance(value, dict) else f"key [{table}] {key}"
+            raise UsageError(f"unknown {what}; {nearest(key, sorted(known))}")
+        adapter = TypeAdapter(known[key], config=ConfigDict(arbitrary_types_allowed=True))
+        try:
+            found[key] = adapter.validate_json(json.dumps(value, default=str), strict=True)
+        except ValidationError as error:
+            # Of a function or a torch.dtype there is no TOML.
+            why = "; or ".join(
+                "a recipe cannot say it"
+                if problem["type"] in ("callable_type", "needs_python_object")
+                else problem["msg"]
+                for problem in error.errors()
+            )
+            raise UsageError(f"[{table}] {key} = {value!r}: {why}") from None
+    return found
+
+
 def _table(own: dict[str, Any], name: str) -> dict[str, Any]:
     table = own.pop(name, {})
     if not isinstance(table, dict):
@@ -187,8 +244,6 @@ def _check_what_is_not_done(recipe: Recipe) -> None:
         raise UsageError(f"[checkpoint] start_from = {start!r}: no such folder")
     if recipe.checkpoint.export is not None and recipe.model is not None:
         huggingface.check(recipe.model)
-        if parallel.tensor > 1 or parallel.pipeline > 1 or parallel.expert != 1:
-            raise UsageError("[checkpoint] export: under Megatron every process has to have the whole model")
 
 
 def _layout(recipe: Recipe, model: Model, processes: int) -> Layout:
@@ -197,9 +252,7 @@ def _layout(recipe: Recipe, model: Model, processes: int) -> Layout:
     if processes % (tensor * pipeline):
         product = f"[parallel] tensor {tensor} × pipeline {pipeline}"
         raise UsageError(f"{product} needs a multiple of {tensor * pipeline} processes, found {processes}")
-    for name, size in (("num_attention_heads", model.num_attention_heads), ("vocab_size", model.vocab_size)):
-        if size % tensor:
-            raise UsageError(f"[parallel] tensor = {tensor} does not divide [model] {name} ({size})")
+    _check_heads(tensor, model)
     if model.num_hidden_layers % pipeline:
         raise UsageError(f"[parallel] pipeline = {pipeline} does not divide the {model.num_hidden_layers} layers")
     if moe is None:
@@ -227,6 +280,40 @@ def _layout(recipe: Recipe, model: Model, processes: int) -> Layout:
     return Layout(processes, tensor, pipeline, expert, replicas, micro, share // micro)
 
 
+def _check_heads(tensor: int, model: Model) -> None:
+    """Raises UsageError for what Megatron's configuration would refuse in words of its own, or building the model."""
+    for name, size in (("num_attention_heads", model.num_attention_heads), ("vocab_size", model.vocab_size)):
+        if size % tensor:
+            raise UsageError(f"[parallel] tensor = {tensor} does not divide [model] {name} ({size})")
+    groups = model.num_key_value_heads or tensor
+    if groups % tensor and tensor % groups:
+        what = f"neither divides nor is a multiple of [model] num_key_value_heads ({groups})"
+        raise UsageError(f"[parallel] tensor = {tensor} {what}")
+
+
+def _check_widths(config: Any, model: Model, seq_len: int) -> None:
+    """Raises UsageError for sizes that tensor parallelism cannot cut, which Megatron finds when it builds the model or
+    trains."""
+    tensor, moe, mla = config.tensor_model_parallel_size, model.moe, model.mla
+    of_experts = config.expert_tensor_parallel_size or tensor
+    cut: list[tuple[str, int, int]] = []
+    if moe is None or moe.first_k_dense_replace:
+        cut.append(("[model] intermediate_size", config.ffn_hidden_size, tensor))
+    if moe is not None:
+        cut.append(("[model.moe] moe_intermediate_size", config.moe_ffn_hidden_size, of_experts))
+        shared = config.moe_shared_expert_intermediate_size or 0
+        cut.append(("the width of shared experts", shared, tensor))
+    if mla is not None:
+        cut.append(("[model.mla] q_lora_rank", mla.q_lora_rank, tensor))
+        cut.append(("[model.mla] kv_lora_rank + qk_rope_head_dim", mla.kv_lora_rank + mla.qk_rope_head_dim, tensor))
+    if config.sequence_parallel:
+        cut.append(("[training] seq_len", seq_len, tensor))
+    for name, size, degree in cut:
+        if size % degree:
+            says = "[parallel] tensor" if degree == tensor else "[megatron] expert_tensor_parallel_size"
+            raise UsageError(f"{says} = {degree} does not divide {name} ({size})")
+
+
 def _say_parallelism(job: Job, layout: Layout, model: Model) -> None:
     for key in ("tensor", "pipeline"):
         job.say(f"config.{key}_model_parallel_size", getattr(layout, key), f"[parallel] {key}")
@@ -247,9 +334,11 @@ def _say_precision(job: Job, recipe: Recipe) -> None:
     says = OURS if recipe.training.precision is None else "[training] precision"
     for place, value in {
         "config.bf16": precision == "bfloat16",
+        "config.fp16": False,
         "config.params_dtype": dtype,
         "config.pipeline_dtype": dtype,
         "optimizer.bf16": precision == "bfloat16",
+        "optimizer.fp16": False,
         "optimizer.params_dtype": dtype,
     }.items():
         job.say(place, value, says)
@@ -279,7 +368,7 @@ def _say_training(job: Job, recipe: Recipe, steps: int) -> None:
         job.say("optimizer.lr", training.learning_rate, "[training] learning_rate")
     if (rate := job.get("optimizer.lr")) is None:
         raise UsageError("[training] learning_rate is missing: Megatron has no default for it")
-    job.default("optimizer.min_lr", 0.0)  # or its scheduler fails
+    job.default("optimizer.min_lr", job.get("scheduler.min_lr") or 0.0)  # or its scheduler fails
     overlaps = job.tables["ddp"].get("overlap_param_gather", True)
     for place, value in {"optimizer.use_distributed_optimizer": True, "ddp.use_distributed_optimizer": True}.items():
         job.say(place, value, OURS)
@@ -290,10 +379,14 @@ def _say_training(job: Job, recipe: Recipe, steps: int) -> None:
         job.say("scheduler.lr_warmup_steps", training.warmup_steps, "[training] warmup_steps")
     decay = job.get("optimizer.weight_decay")
     decay = 0.01 if decay is None else decay  # OptimizerConfig's
+    # The parameters' own rates are the optimizer's, whatever the schedule would say.
+    for key, value, said_by in (
+        ("max_lr", rate, job.said_by.get("optimizer.lr", "[megatron.optimizer] lr")),
+        ("min_lr", job.get("optimizer.min_lr"), "[megatron.optimizer] min_lr"),
+    ):
+        job.say(f"scheduler.{key}", value, said_by)
     for key, default in {
         "init_lr": 0.0,
-        "max_lr": rate,
-        "min_lr": job.get("optimizer.min_lr"),
         "lr_warmup_steps": 0,
         "lr_decay_steps": steps,
         "lr_decay_style": "linear",
@@ -306,24 +399,62 @@ def _say_training(job: Job, recipe: Recipe, steps: int) -> None:
         job.default(f"scheduler.{key}", default)
     from_checkpoint = job.get("scheduler.use_checkpoint_opt_param_scheduler")
     job.default("scheduler.override_opt_param_scheduler", not from_checkpoint)
-    warmup, decayed = (job.get(f"scheduler.lr_{key}_steps") for key in ("warmup", "decay"))
+
+
+_DECAYS = ("constant", "cosine", "inverse-square-root", "linear", "WSD")
+_WSD_DECAYS = ("cosine", "exponential", "linear", "minus_sqrt")
+_INCREASES = ("constant", "cosine", "linear")
+
+
+def _check_schedule(job: Job) -> None:
+    """Raises UsageError for what Megatron's scheduler refuses without a word, or when training has come so far."""
+    schedule = job.tables["scheduler"]
+    warmup, decayed = schedule["lr_warmup_steps"], schedule["lr_decay_steps"]
     if warmup >= decayed:
         raise UsageError(f"[training] warmup_steps = {warmup} must be less than Megatron's {decayed} steps of decay")
+    styles: dict[str, tuple[str, ...]] = {"lr_decay_style": _DECAYS, "wd_incr_style": _INCREASES}
+    if schedule["lr_decay_style"] == "WSD":
+        styles["lr_wsd_decay_style"] = _WSD_DECAYS
+        if schedule.get("wsd_decay_steps") is None:
+            raise UsageError('[megatron.scheduler] wsd_decay_steps is missing: lr_decay_style = "WSD" needs it')
+    for key, choices in styles.items():
+        if (style := schedule.get(key)) not in choices:
+            raise UsageError(f"[megatron.scheduler] {key} = {style!r} is none of {', '.join(choices)}")
+    rate, start, most = schedule["max_lr"], schedule["start_wd"], math.inf
+    ranges: dict[str, tuple[float, float]] = {
+        "optimizer.lr": (0, most),
+        "optimizer.min_lr": (0, rate),
+        "scheduler.init_lr": (0, rate),
+        "scheduler.lr_warmup_steps": (0, decayed),
+        "scheduler.wsd_decay_steps": (1, decayed),
+        "scheduler.start_wd": (0, most),
+        "scheduler.end_wd": (start, start if schedule["wd_incr_style"] == "constant" else most),
+        "scheduler.wd_incr_steps": (1, most),
+    }
+    for place, (low, high) in ranges.items():
+        value = job.get(place)
+        if value is not None and not low <= value <= high:
+            allowed = f"at least {low}" + (f" and at most {high}" if high < most else "")
+            raise UsageError(f"[megatron.{place.replace('.', '] ')} = {value}: it must be {allowed}")
+    if schedule["use_checkpoint_opt_param_scheduler"] and schedule["override_opt_param_scheduler"]:
+        both = "use_checkpoint_opt_param_scheduler and override_opt_param_scheduler"
+        raise UsageError(f"[megatron.scheduler] {both}: a resumed run has one schedule, the checkpoint's or its own")
 
 
 def _configurations(job: Job, latent: bool) -> tuple[Any, Any, Any, dict[str, Any]]:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     config = _build(MLATransformerConfig if latent else TransformerConfig, job.tables["config"], "megatron")
     optimizer = _build(OptimizerConfig, job.tables["optimizer"], "megatron.optimizer")
     ddp = _build(DistributedDataParallelConfig, job.tables["ddp"], "megatron.ddp")
-    known = [*inspect.signature(OptimizerParamScheduler.__init__).parameters][2:]
-    _check_keys(job.tables["scheduler"], known, "megatron.scheduler")
+    _check_schedule(job)
     if ddp.use_megatron_fsdp or ddp.use_custom_fsdp:
         raise UsageError("[megatron.ddp] use_megatron_fsdp: recipes train with DistributedDataParallel")
+    kinds = ("adam", "sgd") if optimizer.optimizer_cpu_offload else ("adam",)  # of Megatron's distributed optimizer
+    if optimizer.optimizer not in kinds:
+        raise UsageError(f"[megatron.optimizer] optimizer = {optimizer.optimizer!r} is none of {', '.join(kinds)}")
     if config.virtual_pipeline_model_parallel_size is not None:
         raise UsageError("[megatron] virtual_pipeline_model_parallel_size: recipes build one part of the model a stage")
     if config.mtp_num_layers:
@@ -333,20 +464,12 @@ def _configurations(job: Job, latent: bool) -> tuple[Any, Any, Any, dict[str, An
 
 def _build(cls: Any, arguments: dict[str, Any], table: str) -> Any:
     """Megatron's configuration, with its own errors."""
-    _check_keys(arguments, [field.name for field in dataclasses.fields(cls)], table)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return cls(**arguments)
-    except (AssertionError, ValueError, TypeError, NotImplementedError) as error:
+    except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"[{table}] {cls.__name__}: {error}") from None
-
-
-def _check_keys(arguments: dict[str, Any], known: list[str], table: str) -> None:
-    for key, value in arguments.items():
-        if key not in known:
-            what = f"table [{table}.{key}]" if isinstance(value, dict) else f"key [{table}] {key}"
-            raise UsageError(f"unknown {what}; {nearest(key, sorted(known))}")
 
 
 def check_kernels(plan: Plan) -> None:

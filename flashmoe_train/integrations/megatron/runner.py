@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,8 @@ class Trainer:
 
         self.plan, config = plan, plan.config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Text can take hours to tokenise, and NCCL lets a process wait minutes.
+        self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
         self.tokenizer = self._tokenizer()
         self.training = self._open("train", plan.data.train, plan.steps * plan.layout.sequences)
         heldout = plan.data.heldout
@@ -173,7 +176,20 @@ class Trainer:
             chosen.keep,
             bool(chosen.asynchronous),
         )
-        self.step = self.checkpoints.resume() if chosen.model_fields_set - {"start_from", "export"} else 0
+        layout, position = plan.layout, dict[str, int]()
+        self.step = 0
+        if chosen.model_fields_set - {"start_from", "export"}:
+            self.step, position = self.checkpoints.resume()
+        if (seq_len := position.get("seq_len", plan.seq_len)) != plan.seq_len:
+            raise UsageError(
+                f"[training] seq_len = {plan.seq_len}: {self.checkpoints.folder} is of a run with {seq_len}, and where"
+                " its data goes on is counted in sequences of that length; a new run, in another folder, can start from"
+                " its weights ([checkpoint] start_from)"
+            )
+        self.sequences = position.get("sequences", self.step * layout.sequences)  # that were trained on
+        needed = self.sequences + (plan.steps - self.step) * layout.sequences
+        if needed > plan.steps * layout.sequences:  # steps had more sequences before
+            self.training = self._open("train", plan.data.train, needed)
         if self.step == 0 and chosen.start_from is not None:
             self._start_from(Path(chosen.start_from))
         self.swapped = specs.report(self.model)
@@ -207,7 +223,7 @@ class Trainer:
             if dist.get_rank() == 0:
                 needed = sequences * (plan.seq_len + 1)
                 token_files.prepare(source, plan.data.text_column, self.tokenizer, path, needed)
-            dist.barrier()
+            dist.barrier(self.patient)
             opened = token_files.open_prepared(path, plan.seq_len)
         opened.check_vocabulary(plan.model.vocab_size)
         return opened
@@ -234,7 +250,7 @@ class Trainer:
             if self.heldout is not None and (last or self.step % every == 0):
                 self._validate()
             if saves and (last or (chosen.every is not None and self.step % chosen.every == 0)):
-                self.checkpoints.save(self.step)
+                self.checkpoints.save(self.step, {"sequences": self.sequences, "seq_len": plan.seq_len})
         self.checkpoints.finish()
 
     def _train_step(self) -> None:
@@ -245,13 +261,14 @@ class Trainer:
         self.expert_load.on = True
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._forward_backward(self._batches(self.training, self.step * layout.sequences), layout.turns)
+        losses = self._forward_backward(self._batches(self.training, self.sequences), layout.turns)
         succeeded, grad_norm = self._update()
         rate = self.optimizer.param_groups[0]["lr"]
         if succeeded:
             self.scheduler.step(increment=1)
         self.expert_load.on = False
         self.step += 1
+        self.sequences += layout.sequences
         metrics = self.expert_load.take()
         loss = self._mean(losses)
         if self.monitor is None:
@@ -352,11 +369,10 @@ class Trainer:
 
     def summarise(self, command: str) -> None:
         if self.monitor is not None:
-            entropy = data.unigram_entropy() if self.plan.data.train == "torch_sources" else None
             self.monitor.finish(
                 swaps=self.swapped,
                 tensorboard=self.plan.folder / "tb",
-                unigram_entropy=entropy,
+                unigram_entropy=data.entropy_for_scale(self.plan.data.train, self.tokenizer),
                 next_command=f"{command} training.steps={2 * self.plan.steps}",
                 overflows=self.overflows,
             )

@@ -2,14 +2,18 @@
 both generations of TorchTitan would stumble over later, under the names of a job file."""
 
 import importlib.util
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from flashmoe_train import data
 from flashmoe_train.errors import UsageError, nearest
 from flashmoe_train.integrations.sizes import Sizes
+from flashmoe_train.schema import LatentAttention
 
 _DEGREES = (
     "data_parallel_replicate_degree",
@@ -63,6 +67,7 @@ def _check_numbers(config: Any, world_size: int, sizes: Sizes, validate_every: i
         "[metrics] log_freq": config.metrics.log_freq,
         "[validation] freq": validate_every,
         "[checkpoint] interval": config.checkpoint.interval,
+        "[parallelism] pipeline_parallel_microbatch_size": parallelism.pipeline_parallel_microbatch_size,
     }
     for key, count in counts.items():
         if count < 1:
@@ -70,19 +75,22 @@ def _check_numbers(config: Any, world_size: int, sizes: Sizes, validate_every: i
     stages = parallelism.pipeline_parallel_degree
     tensor = parallelism.tensor_parallel_degree
     for heads in (sizes.heads, sizes.kv_heads):
-        if heads % tensor:
-            raise UsageError(f"[parallelism] tensor_parallel_degree {tensor} does not divide the model's {heads} heads")
+        divides("tensor_parallel_degree", tensor, f"the model's {heads} heads", heads)
     at_once = training.local_batch_size * (world_size // (stages * tensor * parallelism.context_parallel_degree))
     if training.global_batch_size > 0 and training.global_batch_size % at_once:
         raise UsageError(
             f"[training] global_batch_size = {training.global_batch_size} must be a multiple of {at_once}, which is "
             f"local_batch_size ({training.local_batch_size}) on all data-parallel processes"
         )
-    pieces = training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
+    piece = parallelism.pipeline_parallel_microbatch_size
+    if stages > 1:
+        batch = training.local_batch_size
+        divides("pipeline_parallel_microbatch_size", piece, f"[training] local_batch_size ({batch})", batch)
+    pieces = training.local_batch_size // piece
     if stages > 1 and pieces < stages:
         raise UsageError(
             f"[parallelism] pipeline_parallel_degree {stages}: a process' batch of {training.local_batch_size} makes "
-            f"{pieces} pieces of {parallelism.pipeline_parallel_microbatch_size}, and every stage needs one"
+            f"{pieces} pieces of {piece}, and every stage needs one"
         )
 
 
@@ -93,16 +101,88 @@ def _check_expert_parallelism(parallelism: Any, world_size: int, sizes: Sizes, f
     if sizes.experts is None:
         raise UsageError(f"[parallelism] expert_parallel_degree {degree}: {flavor} has no experts")
     number = sizes.experts.number
-    if number % degree != 0:
-        raise UsageError(f"[parallelism] expert_parallel_degree {degree} does not divide the {number} experts")
+    divides("expert_parallel_degree", degree, f"the {number} experts", number)
     # TorchTitan takes these processes from those of data, context and (unless the experts keep it) tensor parallelism.
     tensor = getattr(parallelism, "expert_tensor_parallel_degree", 1)
+    if tensor not in (1, parallelism.tensor_parallel_degree):
+        raise UsageError(
+            f"[parallelism] expert_tensor_parallel_degree {tensor} must be 1 or tensor_parallel_degree, which is "
+            f"{parallelism.tensor_parallel_degree}"
+        )
     shared = world_size // (parallelism.pipeline_parallel_degree * parallelism.data_parallel_replicate_degree)
     if shared % (degree * tensor) != 0:
         raise UsageError(
             f"[parallelism] expert_parallel_degree {degree} × expert_tensor_parallel_degree "
             f"{tensor} must divide the {shared} processes of each pipeline stage"
         )
+    check_expert_shards(sizes, degree, tensor, shared // (degree * tensor))
+
+
+def check_expert_shards(sizes: Sizes, degree: int, tensor: int, shards: int) -> None:
+    """Raises UsageError where FSDP over so many `shards` of what expert and tensor parallelism leave of the experts'
+    weights cannot cut these: where there are more processes than experts it cuts their second dimension, evenly."""
+    experts = sizes.experts
+    if experts is None or degree * shards <= experts.number:
+        return
+    for what, size in (("hidden dim", experts.hidden_dim // tensor), ("model dim", sizes.dim)):
+        if size % shards:
+            raise UsageError(
+                f"[parallelism] expert_parallel_degree {degree}: {degree * shards} processes share {experts.number} "
+                f"experts, and FSDP over {shards} of them does not divide an expert's {what} ({size})"
+            )
+
+
+def check_pipeline(parallelism: Any, layers: int, split: Callable[[int, int, int, int], Any]) -> None:
+    """Raises UsageError where TorchTitan cannot cut the model for the schedule; `split`, its own, is called with the
+    numbers of stages and layers, and with what the ends count as, in layers."""
+    degree, name = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
+    if degree == 1 or parallelism.pipeline_parallel_schedule_csv:
+        return
+    try:
+        schedule = get_schedule_class(name)
+    except ValueError as error:
+        raise UsageError(f"[parallelism] pipeline_parallel_schedule = {name!r}: {error}") from None
+    if inspect.isabstract(schedule):
+        raise UsageError(
+            f"[parallelism] pipeline_parallel_schedule = {name!r} is no schedule, but what some have in common"
+        )
+    if parallelism.module_fqns_per_model_part is not None:
+        return
+    one, each = issubclass(schedule, PipelineScheduleSingle), parallelism.pipeline_parallel_layers_per_stage
+    ends = parallelism.pipeline_parallel_first_stage_less_layers, parallelism.pipeline_parallel_last_stage_less_layers
+    stages = degree if one else 2 * degree
+    if each is not None:
+        if each < 1:
+            raise UsageError(f"[parallelism] pipeline_parallel_layers_per_stage must be at least 1, found {each}")
+        stages = math.ceil((layers + sum(ends)) / each)
+        if stages % degree or (stages == degree) != one:
+            wanted = "one" if one else "the same number, two or more,"
+            raise UsageError(
+                f"[parallelism] pipeline_parallel_layers_per_stage {each}: {layers} layers, and {sum(ends)} that the "
+                f"ends count as, make {stages} stages; {name} needs {wanted} on each of {degree} processes"
+            )
+    try:
+        split(stages, layers, *ends)
+    except ValueError as error:
+        raise UsageError(
+            f"[parallelism] pipeline_parallel_degree {degree}: {name} cuts the model's {layers} layers into {stages} "
+            f"stages, which TorchTitan cannot: {error}"
+        ) from None
+
+
+def check_latent(mla: LatentAttention) -> None:
+    """Raises UsageError where TorchTitan cannot rotate the keys that one projection gives behind the latent values."""
+    if mla.kv_lora_rank % 2:
+        raise UsageError(
+            f"[model.mla] kv_lora_rank = {mla.kv_lora_rank} must be even: TorchTitan reads the keys behind these values"
+            " as complex numbers"
+        )
+
+
+def divides(key: str, degree: int, what: str, size: int) -> None:
+    """Raises UsageError unless the `[parallelism]` key's value divides `size`."""
+    if size % degree:
+        raise UsageError(f"[parallelism] {key} {degree} does not divide {what}")
 
 
 def known(key: str, value: str, choices: Iterable[str]) -> None:

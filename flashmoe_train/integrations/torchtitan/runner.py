@@ -141,7 +141,7 @@ class MonitoredTrainer(Trainer):
         self.monitor.finish(
             swaps=self.swapped(),
             tensorboard=self.facts.folder / self.config.metrics.save_tb_folder,
-            unigram_entropy=data.unigram_entropy() if self.facts.dataset == "torch_sources" else None,
+            unigram_entropy=data.entropy_for_scale(self.facts.dataset, Path(self.facts.tokenizer)),
             next_command=f"{command} training.steps={2 * self.config.training.steps}",
             overflows=self.overflows(),
         )

@@ -108,9 +108,9 @@ def matrix(model: str, layouts: dict[str, list[str]], root: Path) -> None:
     tokens = root / "tokens.bin"
     stock_save = Checkpoints.save
 
-    def save(self: Checkpoints, step: int) -> None:
+    def save(self: Checkpoints, step: int, position: dict[str, int]) -> None:
         if step == STEPS // 2:  # each starts processes, which take a second
-            stock_save(self, step)
+            stock_save(self, step, position)
 
     Checkpoints.save = save  # type: ignore[method-assign,assignment]
     for layout, overrides in layouts.items():

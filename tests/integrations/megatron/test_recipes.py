@@ -106,8 +106,37 @@ def test_explains_where_everything_is_from() -> None:
         (("megatron.scheduler.warmup=2",), 1, r"unknown key \[megatron.scheduler\] warmup"),
         (("megatron.ddp=2",), 1, r"\[megatron.ddp\] must be a table, found 2"),
         (("megatron.num_layers=2",), 1, r"\[megatron\] num_layers = 2 contradicts \[model\], which sets it to 4"),
-        (("megatron.recompute_granularity=partial",), 1, r"\[megatron\] TransformerConfig: .*partial must be"),
-        (("megatron.fp16=true", "training.precision=bfloat16"), 1, r"Only one of self.fp16: True and self.bf16 True"),
+        (
+            ("megatron.recompute_granularity=partial",),
+            1,
+            r"\[megatron\] recompute_granularity = 'partial': Inp.*'full'",
+        ),
+        (
+            ("megatron.recompute_granularity=selective", "megatron.recompute_modules=['mlps']"),
+            1,
+            r"\[megatron\] TransformerConfig: .*mlps",
+        ),
+        (
+            ("megatron.fp16=true", "training.precision=bfloat16"),
+            1,
+            r"fp16 = True contradicts \[training\] precision, .*",
+        ),
+        (
+            ("megatron.fp16=true", "training.precision=float32"),
+            1,
+            r"fp16 = True contradicts \[training\] precision, .*",
+        ),
+        (("megatron.optimizer.fp16=true",), 1, r"\[megatron.optimizer\] fp16 = True contradicts"),
+        (("megatron.hidden_dropout=true",), 1, r"\[megatron\] hidden_dropout = True: .*valid number"),
+        (("megatron.moe_aux_loss_coeff=x",), 1, r"moe_aux_loss_coeff = 'x': .*valid number; or .*valid array"),
+        (("megatron.attention_backend=flash",), 1, r"attention_backend = 'flash': Input should be 1, 2"),
+        (("megatron.activation_func=gelu",), 1, r"\[megatron\] activation_func = 'gelu': a recipe cannot say it"),
+        (("megatron.optimizer.exp_avg_dtype=bf16",), 1, r"exp_avg_dtype = 'bf16': a recipe cannot say it"),
+        (("megatron.optimizer.clip_grad='1'",), 1, r"\[megatron.optimizer\] clip_grad = '1': .*valid number"),
+        (("megatron.optimizer.optimizer=sgd",), 1, r"\[megatron.optimizer\] optimizer = 'sgd' is none of adam"),
+        (("megatron.optimizer.use_precision_aware_optimizer=true",), 1, r"\[megatron.optimizer\] OptimizerConfig: "),
+        (("megatron.ddp.bucket_size=1.5",), 1, r"\[megatron.ddp\] bucket_size = 1.5: .*valid integer"),
+        (("megatron.scheduler.wd_incr_steps=x",), 1, r"\[megatron.scheduler\] wd_incr_steps = 'x': .*valid integer"),
         (("megatron.attention_dropout=0.1",), 1, "attention_dropout = 0.1: it has none"),
         (("megatron.hidden_dropout=0.1", "checkpoint.every=2"), 1, "do not keep random states"),
         (
@@ -149,6 +178,111 @@ def test_explains_where_everything_is_from() -> None:
 def test_what_cannot_be_is_named(overrides: tuple[str, ...], processes: int, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         plan(*overrides, processes=processes)
+
+
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        (("lr_decay_style=bogus",), "lr_decay_style = 'bogus' is none of constant, cosine, inverse-square-root, "),
+        (("lr_decay_style=WSD",), 'wsd_decay_steps is missing: lr_decay_style = "WSD" needs it'),
+        (("lr_decay_style=WSD", "wsd_decay_steps=8"), "lr_wsd_decay_style = None is none of cosine, exponential, "),
+        (
+            ("lr_decay_style=WSD", "wsd_decay_steps=41", "lr_wsd_decay_style=linear"),
+            "wsd_decay_steps = 41: it must be at least 1 and at most 40$",
+        ),
+        (("min_lr=1.0",), "min_lr = 1.0: it must be at least 0 and at most 0.001$"),
+        (("min_lr=-1.0",), "min_lr = -1.0: it must be at least 0 and at most 0.001$"),
+        (("max_lr=1.0",), r"max_lr = 1.0 contradicts \[training\] learning_rate, which sets it to 0.001"),
+        (("init_lr=1.0",), "init_lr = 1.0: it must be at least 0 and at most 0.001$"),
+        (("wd_incr_style=bogus",), "wd_incr_style = 'bogus' is none of constant, cosine, linear$"),
+        (("wd_incr_style=linear", "wd_incr_steps=0"), "wd_incr_steps = 0: it must be at least 1$"),
+        (("wd_incr_style=linear", "start_wd=0.1"), "end_wd = 0.01: it must be at least 0.1$"),
+        (("end_wd=0.1",), "end_wd = 0.1: it must be at least 0.01 and at most 0.01$"),
+        (
+            ("use_checkpoint_opt_param_scheduler=true", "override_opt_param_scheduler=true"),
+            "a resumed run has one schedule, the checkpoint's or its own$",
+        ),
+    ],
+)
+def test_schedules_must_fit(overrides: tuple[str, ...], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        plan(*(f"megatron.scheduler.{override}" for override in overrides))
+
+
+def test_the_parameters_rates_are_the_schedules() -> None:
+    """Groups of parameters have rates of their own, the optimizer's, which Megatron's schedule goes by."""
+    for table in ("optimizer", "scheduler"):
+        found = plan(f"megatron.{table}.min_lr=1e-5")
+        assert found.scheduler["min_lr"] == found.optimizer.min_lr == 1e-5
+    with pytest.raises(UsageError, match=r"\[megatron.optimizer\] min_lr = 1.0: it must be at least 0 and at most"):
+        plan("megatron.optimizer.min_lr=1.0")
+    with pytest.raises(UsageError, match=r"min_lr = 1e-05 contradicts \[megatron.optimizer\] min_lr, .* to 1e-06"):
+        plan("megatron.scheduler.min_lr=1e-5", "megatron.optimizer.min_lr=1e-6")
+    assert plan("megatron.window_size=[8, 0]").config.window_size == (8, 0)
+
+
+_LATENT = "deepseek_v3_debug"
+
+
+@pytest.mark.parametrize(
+    "config, overrides, processes, text",
+    [
+        ("llama3_debug", ("model.vocab_size=513",), 2, r"tensor = 2 does not divide \[model\] vocab_size \(513\)"),
+        ("llama3_debug", ("model.intermediate_size=97",), 2, r"2 does not divide \[model\] intermediate_size \(97\)"),
+        ("llama3_debug", ("training.seq_len=33",), 2, r"2 does not divide \[training\] seq_len \(33\)"),
+        (
+            "llama3_debug",
+            ("model.num_attention_heads=6", "model.num_key_value_heads=3", "model.head_dim=64"),
+            2,
+            r"tensor = 2 neither divides nor is a multiple of \[model\] num_key_value_heads \(3\)",
+        ),
+        (
+            "qwen3_moe_debug",
+            ("model.moe.moe_intermediate_size=97",),
+            2,
+            r"2 does not divide \[model.moe\] moe_intermediate_size \(97\)",
+        ),
+        (
+            "qwen3_moe_debug",
+            ("parallel.expert=2", "megatron.expert_tensor_parallel_size=2"),
+            2,
+            r"expert = 2 × \[megatron\] expert_tensor_parallel_size = 2 must divide the 2 processes",
+        ),
+        (_LATENT, ("model.intermediate_size=97",), 2, r"2 does not divide \[model\] intermediate_size \(97\)"),
+        (
+            _LATENT,
+            ("parallel.expert=2", "model.moe.n_shared_experts=1", "model.moe.moe_intermediate_size=97"),
+            2,
+            r"2 does not divide the width of shared experts \(97\)",
+        ),
+        (_LATENT, ("model.mla.kv_lora_rank=33",), 2, r"2 does not divide \[model.mla\] kv_lora_rank \+ .* \(97\)"),
+        (_LATENT, ("model.mla.q_lora_rank=33",), 2, r"2 does not divide \[model.mla\] q_lora_rank \(33\)"),
+    ],
+)
+def test_sizes_that_tensor_parallelism_cannot_cut(
+    config: str, overrides: tuple[str, ...], processes: int, text: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.toml"
+    training = "[training]\nsteps = 1\nseq_len = 32\nlearning_rate = 1e-3\n"
+    path.write_text(f'framework = "megatron"\nconfig = "{config}"\n{training}[parallel]\ntensor = 2\n')
+    plan(processes=processes, name=str(path))
+    with pytest.raises(UsageError, match=text):
+        plan(*overrides, processes=processes, name=str(path))
+
+
+def test_errors_of_every_kind_are_megatrons(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    training = "[training]\nsteps = 1\nseq_len = 32\nlearning_rate = 1e-3\n"
+    path.write_text(f'framework = "megatron"\nconfig = "{_LATENT}"\n{training}')
+    with pytest.raises(UsageError, match=r"\[megatron\] MLATransformerConfig: Output gate is not supported"):
+        plan("megatron.attention_output_gate=true", name=str(path))
+
+
+def test_sizes_that_nothing_cuts() -> None:
+    odd = ("model.intermediate_size=97", "model.hidden_size=257")  # no layer is dense; tokens are cut, not their dim
+    plan("parallel.tensor=2", *odd, processes=2)
+    plan("parallel.tensor=2", "parallel.expert=2", "model.moe.moe_intermediate_size=97", processes=2)
+    plan("parallel.tensor=4", "model.num_key_value_heads=2", processes=4)
 
 
 def test_stock_latent_attention_is_impossible(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import time
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ import torch.distributed as dist
 from flashmoe_train import recipe
 from flashmoe_train.compare import compare
 from flashmoe_train.errors import UsageError
-from flashmoe_train.integrations.megatron import checkpoints, compat, runner
+from flashmoe_train.integrations.megatron import checkpoints, compat, recipes, runner, token_files
 from flashmoe_train.integrations.megatron.checkpoints import Checkpoints
+from flashmoe_train.integrations.megatron.token_files import TokenFile
 from flashmoe_train.monitor import new_console
 from flashmoe_train.schema import Swap
 
@@ -109,6 +113,79 @@ def test_a_resumed_run_has_its_own_schedule(tmp_path: Path) -> None:
     processes.run(_goes_on_with_its_own_schedule, tmp_path, processes=1)
 
 
+def _goes_on_with_other_steps(root: Path) -> None:
+    """After three steps of four sequences, steps of two; after one of those, steps of four again."""
+    tokens, read = root / "tokens.bin", list[int]()
+    sequences = TokenFile.sequences
+
+    def noted(self: TokenFile, numbers: torch.Tensor) -> torch.Tensor:
+        read.extend(numbers.tolist())
+        return sequences(self, numbers)
+
+    TokenFile.sequences = noted  # type: ignore[method-assign]
+    for steps, batch in ((3, 4), (4, 2), (5, 4)):
+        read.clear()
+        given = [f"training.steps={steps}", f"training.global_batch_size={batch}", "checkpoint.every=1"]
+        jobs.train(jobs.recipe_of("dense", root / "run", tokens, *given))
+        assert read == {3: list(range(12)), 4: [12, 13], 5: [14, 15, 16, 17]}[steps]
+    longer = jobs.recipe_of("dense", root / "run", tokens, "training.seq_len=64", "checkpoint.every=1")
+    with pytest.raises(UsageError, match=r"\[training\] seq_len = 64: .*run/checkpoint is of a run with 32"):
+        jobs.train(longer)
+
+
+def test_data_goes_on_whatever_a_step_takes(tmp_path: Path) -> None:
+    jobs.write_tokens(tmp_path)
+    processes.run(_goes_on_with_other_steps, tmp_path, processes=1)
+
+
+def _tokenises_what_is_left(root: Path) -> None:
+    """Of steps that took more before, more is needed than the steps of now would take in all."""
+    (root / "text.txt").write_text("some words of a text\n" * 2000)
+    needed = list[int]()
+    prepare = token_files.prepare
+
+    def noted(*arguments: Any) -> None:
+        needed.append(arguments[-1] // 33)
+        prepare(*arguments)
+
+    token_files.prepare = noted
+    for steps, batch in ((2, 8), (4, 2)):
+        given = [f"training.steps={steps}", f"training.global_batch_size={batch}", "training.warmup_steps=0"]
+        jobs.train(jobs.recipe_of("dense", root / "run", root / "text.txt", *given, "checkpoint.every=1"))
+    assert needed == [16, 8, 20]
+
+
+def test_tokens_suffice_whatever_a_step_took(tmp_path: Path) -> None:
+    processes.run(_tokenises_what_is_left, tmp_path, processes=1)
+
+
+def _tokenises_for_long(root: Path) -> None:
+    """Longer than the processes' collectives may take."""
+    (root / "text.txt").write_text("some words of a text\n" * 2000)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    plan = recipes.resolve(jobs.recipe_of("dense", root / "run", root / "text.txt"), 2)
+    prepare = token_files.prepare
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(25)
+        prepare(*arguments)
+
+    token_files.prepare = slow
+    from megatron.core import parallel_state
+
+    runner.start_processes(plan)
+    try:
+        runner.Trainer(plan).close()
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.slow
+def test_waits_for_the_process_that_tokenises(tmp_path: Path) -> None:
+    processes.run(_tokenises_for_long, tmp_path)
+
+
 def _refuses_damaged(root: Path) -> None:
     given = [root / "run", root / "tokens.bin", "checkpoint.every=2", "training.warmup_steps=0"]
     jobs.train(jobs.recipe_of("dense", *given, "training.steps=4"))
@@ -174,8 +251,8 @@ def _resumes_from_what_was_written_meanwhile(root: Path) -> None:
     started: list[int] = []
     save = Checkpoints.save
 
-    def started_only(self: Checkpoints, step: int) -> None:
-        save(self, step)
+    def started_only(self: Checkpoints, step: int, position: dict[str, int]) -> None:
+        save(self, step, position)
         started.append(step)
         assert self.writing is not None and self.writing.get_num_unfinalized_calls() == 1
         assert not (self.folder / f"step-{step}").exists()

@@ -135,5 +135,10 @@ def test_export_needs_the_whole_model_on_a_process(tmp_path: Path) -> None:
     given = jobs.recipe_of(
         "dense", tmp_path, tmp_path, "checkpoint.export=huggingface", *TP2, "data.train=torch_sources"
     )
-    with pytest.raises(UsageError, match="every process has to have the whole model"):
+    with pytest.raises(UsageError, match=r"every process has to have the whole model, found \[parallel\] tensor = 2$"):
+        recipes.resolve(given, 2)
+    export = ("checkpoint.export=huggingface", "data.train=torch_sources", "parallel.expert=auto")
+    given = jobs.recipe_of("moe", tmp_path, tmp_path, *export)
+    recipes.resolve(given, 1)
+    with pytest.raises(UsageError, match=r"expert = 2$"):
         recipes.resolve(given, 2)

@@ -2,7 +2,7 @@
 
 from flashmoe_train.integrations.torchtitan import generation
 
-_OF_BOTH = {"test_generation.py", "test_first_loss.py"}
+_OF_BOTH = {"test_generation.py", "test_first_loss.py", "test_cpu.py"}
 
 if generation.name() == "overrides":
     from pathlib import Path

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 from torchtitan.train import Trainer
@@ -11,8 +12,10 @@ _step = Trainer.forward_backward_step  # in our trainer's steps as in TorchTitan
 
 
 def forward_backward_step(self: Any, **batch: Any) -> Any:
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if first and self.step == STEP and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+    died = Path(self.job_config.job.dump_folder) / "died"
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    if last and self.step == STEP and not died.exists():
+        died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return _step(self, **batch)
 

@@ -6,9 +6,13 @@ import pytest
 
 from flashmoe_train import recipe
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.torchtitan import recipes
 from flashmoe_train.integrations.torchtitan.converters import job
 
 from .jobs import tables_of
+
+TENSOR = "parallelism.tensor_parallel_degree=2"
+WIDTH = "model.moe.moe_intermediate_size=97"
 
 
 def config(*overrides: str, processes: int = 1):
@@ -80,6 +84,24 @@ def test_names_the_mistake(override: str, text: str) -> None:
             "pipeline_parallel_degree 2: a process' batch of 4 makes 1 pieces of 4, and every stage needs one",
         ),
         (
+            ["parallelism.pipeline_parallel_degree=2", "parallelism.pipeline_parallel_microbatch_size=3"],
+            2,
+            r"pipeline_parallel_microbatch_size 3 does not divide \[training\] local_batch_size \(4\)",
+        ),
+        (
+            ["parallelism.pipeline_parallel_microbatch_size=0"],
+            1,
+            r"pipeline_parallel_microbatch_size must be at least 1, found 0",
+        ),
+        (["training.seq_len=33"], 1, r"seq_len = 33 must be a multiple of 2, which is 2 × .*tensor_parallel_degree 1"),
+        (["training.seq_len=66", "parallelism.tensor_parallel_degree=2"], 2, "seq_len = 66 must be a multiple of 4"),
+        (["training.seq_len=66", "parallelism.context_parallel_degree=2"], 2, "seq_len = 66 .* of 4, .*degree 2$"),
+        (
+            ["validation.enable=true", "validation.dataset=torch_sources", "validation.seq_len=33", TENSOR],
+            2,
+            r"\[validation\] seq_len = 33 must be a multiple of 2, because .*tensor_parallel_degree 2",
+        ),
+        (
             ["checkpoint.enable=true", "checkpoint.initial_load_path=nowhere"],
             1,
             r"\[checkpoint\] initial_load_path = 'nowhere': no such folder",
@@ -113,3 +135,82 @@ def test_names_several_wrong_types_at_once() -> None:
 def test_expert_parallelism_must_fit(degree: int, processes: int, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         config("model.name=deepseek_v3", f"parallelism.expert_parallel_degree={degree}", processes=processes)
+
+
+def test_experts_are_shared_beside_fsdp_alone() -> None:
+    """TorchTitan asks deepseek_v3 for FSDP's mesh; qwen3 it does not."""
+    shared = ("parallelism.expert_parallel_degree=2", TENSOR)
+    with pytest.raises(UsageError, match=r"0\.2's deepseek_v3 shares experts only beside FSDP .* none of 2 processes"):
+        config("model.name=deepseek_v3", *shared, processes=2)
+    config("model.name=deepseek_v3", *shared, processes=4)
+    config("model.name=qwen3", "model.flavor=debugmodel_moe", *shared, processes=2)
+    text = "expert_tensor_parallel_degree 3 must be 1 or tensor_parallel_degree, which is 2"
+    with pytest.raises(UsageError, match=text):
+        config("model.name=deepseek_v3", *shared, "parallelism.expert_tensor_parallel_degree=3", processes=4)
+
+
+@pytest.mark.parametrize(
+    "overrides, processes, text",
+    [
+        (("parallel.tensor=2", "model.intermediate_size=97"), 2, r"the width of layers.0.feed_forward \(97\)"),
+        (
+            ("parallel.tensor=2", "parallel.expert=1", WIDTH, "model.moe.n_shared_experts=1"),
+            2,
+            r"tensor_parallel_degree 2 does not divide the width of layers.1.moe.shared_experts \(97\)",
+        ),
+        (
+            ("parallel.expert=2", "model.moe.num_experts=2", "model.moe.num_experts_per_tok=1", WIDTH),
+            4,
+            r"4 processes share 2 experts, and FSDP over 2 of them does not divide an expert's hidden dim \(97\)",
+        ),
+        (("model.mla.kv_lora_rank=33",), 1, r"\[model.mla\] kv_lora_rank = 33 must be even"),
+    ],
+)
+def test_widths_must_fit(overrides: tuple[str, ...], processes: int, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        recipes.resolve(recipe.load("quickstart", overrides), processes)
+
+
+def test_widths_that_dtensor_cuts_unevenly() -> None:
+    """Experts' hidden dim, the model's own and the vocabulary are no matter."""
+    odd = ("model.moe.moe_intermediate_size=97", "model.hidden_size=257", "model.vocab_size=513")
+    recipes.resolve(recipe.load("qwen3_moe_debug", [*odd, "parallel.tensor=2", "parallel.expert=1"]), 2)
+
+
+@pytest.mark.parametrize(
+    "overrides, processes, text",
+    [
+        (("schedule=bogus",), 2, r"pipeline_parallel_schedule = 'bogus': .*'1F1B'"),
+        (("schedule=PipelineScheduleSingle",), 2, "schedule = 'PipelineScheduleSingle' is no schedule"),
+        (("layers_per_stage=0",), 2, "layers_per_stage must be at least 1, found 0"),
+        (
+            ("layers_per_stage=1",),
+            2,
+            "1: 6 layers, and 2 that the ends count as, make 8 stages; 1F1B needs one on each",
+        ),
+        (
+            ("layers_per_stage=4", "schedule=Interleaved1F1B"),
+            2,
+            "make 2 stages; Interleaved1F1B needs the same number, two or more, on each of 2 processes",
+        ),
+        (
+            ("first_stage_less_layers=8",),
+            2,
+            r"cuts the model's 6 layers into 2 stages, .*input_weight \(8\) exceeds minimum layers per stage",
+        ),
+    ],
+)
+def test_pipelines_must_fit(overrides: tuple[str, ...], processes: int, text: str) -> None:
+    said = [f"parallelism.pipeline_parallel_{override}" for override in overrides]
+    with pytest.raises(UsageError, match=text):
+        config("parallelism.pipeline_parallel_degree=2", *said, processes=processes)
+
+
+def test_pipelines_that_fit() -> None:
+    degree = "parallelism.pipeline_parallel_degree"
+    config(f"{degree}=2", "parallelism.pipeline_parallel_schedule=Interleaved1F1B", processes=2)
+    config(f"{degree}=2", "parallelism.pipeline_parallel_layers_per_stage=4", processes=2)
+    config(f"{degree}=4", "training.local_batch_size=8", processes=4)
+    with pytest.raises(UsageError, match="cuts the model's 6 layers into 16 stages"):
+        schedule = "parallelism.pipeline_parallel_schedule=Interleaved1F1B"
+        config(f"{degree}=8", "training.local_batch_size=8", schedule, processes=8)

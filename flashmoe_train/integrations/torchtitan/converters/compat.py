@@ -46,6 +46,23 @@ def experts_of(model_args: Any) -> Any:
     return getattr(model_args, "moe_args", None) if getattr(model_args, "moe_enabled", True) else None
 
 
+def check_expert_mesh(config: Any, world_size: int) -> None:
+    """Raises UsageError where experts are shared without FSDP: for these models TorchTitan asks for FSDP's mesh, which
+    there is not then."""
+    parallelism = config.parallelism
+    degree = parallelism.expert_parallel_degree
+    fsdp = world_size // (
+        parallelism.tensor_parallel_degree
+        * parallelism.pipeline_parallel_degree
+        * parallelism.data_parallel_replicate_degree
+    )
+    if degree > 1 and fsdp == 1 and config.model.name in ("deepseek_v3", "llama4"):
+        raise UsageError(
+            f"[parallelism] expert_parallel_degree {degree}: TorchTitan 0.2's {config.model.name} shares experts only "
+            f"beside FSDP or context parallelism, and none of {world_size} processes are left for these; set it to 1"
+        )
+
+
 def check_job(job_config: Any, parallel_dims: Any, choices: FlashMoE) -> None:
     """Raises UsageError for a job that stock TorchTitan or this swap is known not to run."""
     from torchtitan.protocols.train_spec import get_train_spec

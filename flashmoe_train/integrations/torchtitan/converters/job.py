@@ -1,13 +1,17 @@
 """From tables to TorchTitan's JobConfig, with every mistake named before a process group exists."""
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part
 from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 
@@ -86,6 +90,39 @@ def check(config: JobConfig, world_size: int) -> None:
         )
     sizes = compat.sizes(arguments)
     checks.check(config, world_size, sizes, config.model.flavor, config.validation.freq, config.model.hf_assets_path)
+    checks.check_pipeline(config.parallelism, arguments.n_layers, generate_llm_fqn_per_model_part)
+    _check_lengths(config)
+    if config.parallelism.tensor_parallel_degree > 1:
+        _check_widths(config, spec.model_cls, copy.deepcopy(arguments))
+    compat.check_expert_mesh(config, world_size)
+
+
+def _check_lengths(config: JobConfig) -> None:
+    """TorchTitan 0.2 asserts more than it needs: an even length, whatever is parallel."""
+    tensor, context = config.parallelism.tensor_parallel_degree, config.parallelism.context_parallel_degree
+    if config.training.seq_len % (tensor * 2 * context):
+        raise UsageError(
+            f"[training] seq_len = {config.training.seq_len} must be a multiple of {tensor * 2 * context}, which is "
+            f"2 × [parallelism] tensor_parallel_degree {tensor} × context_parallel_degree {context}"
+        )
+    needed = tensor * (2 * context if context > 1 else 1)
+    if config.validation.enable and config.validation.seq_len % needed:
+        raise UsageError(
+            f"[validation] seq_len = {config.validation.seq_len} must be a multiple of {needed}, because of "
+            f"[parallelism] tensor_parallel_degree {tensor} and context_parallel_degree {context}"
+        )
+
+
+def _check_widths(config: JobConfig, model_class: Any, arguments: Any) -> None:
+    """Of layers that tensor parallelism cuts where DTensor cannot make up for a rest: dense ones and shared experts."""
+    tensor = config.parallelism.tensor_parallel_degree
+    arguments.update_from_config(config)
+    with torch.device("meta"):
+        model = model_class(arguments)
+    for name, module in model.named_modules():
+        if name.endswith(("feed_forward", "shared_experts")) and isinstance(getattr(module, "w1", None), nn.Linear):
+            width = module.w1.out_features
+            checks.divides("tensor_parallel_degree", tensor, f"the width of {name} ({width})", width)
 
 
 def sizes(tables: dict[str, Any]) -> Sizes:

@@ -10,6 +10,7 @@ from torchtitan.models.moe import MoEArgs
 from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
 
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations.torchtitan import checks
 from flashmoe_train.schema import Model
 
 FLAVOR = "recipe"  # the flavor under which `register` adds the model of this process' recipe
@@ -89,6 +90,7 @@ def _qwen3_moe(model: Model) -> Qwen3ModelArgs:
 def _deepseek_v3(model: Model) -> DeepSeekV3ModelArgs:
     moe, mla, yarn = model.moe, model.mla, model.rope_scaling
     assert moe is not None and mla is not None
+    checks.check_latent(mla)
     scaling: dict[str, Any] = {"rope_factor": 1.0, "mscale": 1.0}  # which scale nothing
     if yarn is not None:
         scaling = yarn.model_dump(exclude={"rope_type", "factor", "original_max_position_embeddings"})

@@ -20,6 +20,7 @@ from torchtitan.components.optimizer import default_adamw
 from torchtitan.components.validate import Validator
 from torchtitan.config import TrainingConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
+from torchtitan.distributed.pipeline_parallel import _generate_llm_fqn_per_model_part
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
@@ -264,11 +265,37 @@ def check(config: Trainer.Config, world_size: int) -> None:
     group = config.optimizer.param_groups[0]
     known("[optimizer] name", group.optimizer_name, ("Adam", "AdamW", "DistMuon"))
     checks.check(config, world_size, sizes, found.flavor, config.validator.freq, config.hf_assets_path)
+    model: Any = found.model
+    checks.check_pipeline(config.parallelism, len(model.layers), _generate_llm_fqn_per_model_part)
+    _check_sizes(config, world_size, sizes)
     choices = facts(config).choices
     if choices.attention == "flashmoe" and config.parallelism.context_parallel_degree > 1:
         raise UsageError("context_parallel_degree > 1 is not supported with swapped attention; set it to 1")
     if choices.attention == "stock" and not torch.cuda.is_available() and not config.checkpoint.create_seed_checkpoint:
         raise UsageError(f"stock attention of {_this()} cannot train on a CPU: it has no kernels there")
+
+
+def _check_sizes(config: Trainer.Config, world_size: int, sizes: Sizes) -> None:
+    """What the mesh, the loss and FSDP divide."""
+    parallelism, seq_len = config.parallelism, config.training.seq_len
+    tensor, context = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+    chunks = config.loss.num_chunks if isinstance(config.loss, ChunkedLossWrapper.Config) else 1
+    sequence = tensor if parallelism.enable_sequence_parallel else 1
+    for needed, why in (
+        (
+            sequence * (2 * context if context > 1 else 1),
+            f"tensor_parallel_degree {tensor}, context_parallel_degree {context}",
+        ),
+        (chunks * context, f"the {chunks} pieces in which {_this()} computes the loss"),
+    ):
+        if seq_len % needed:
+            raise UsageError(f"[training] seq_len = {seq_len} must be a multiple of {needed}, because of {why}")
+    checks.divides("tensor_parallel_degree", tensor, f"the vocabulary of {sizes.vocabulary}", sizes.vocabulary)
+    if parallelism.expert_parallel_degree == 1:
+        shards = world_size // (
+            tensor * parallelism.pipeline_parallel_degree * parallelism.data_parallel_replicate_degree
+        )
+        checks.check_expert_shards(sizes, 1, 1, shards)
 
 
 def sizes(tables: dict[str, Any]) -> Sizes:

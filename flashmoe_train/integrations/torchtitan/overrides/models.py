@@ -13,7 +13,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from flashmoe_train.errors import UsageError, nearest
 from flashmoe_train.integrations.sizes import Experts, Sizes
-from flashmoe_train.integrations.torchtitan.checks import known
+from flashmoe_train.integrations.torchtitan.checks import check_latent, known
 from flashmoe_train.schema import Llama3Scaling, Model, YarnScaling
 
 FLAVOR = "recipe"  # the flavor under which `register` keeps the model of this process' recipe
@@ -169,6 +169,7 @@ def _qwen3_moe(model: Model) -> qwen3.Qwen3Model.Config:
 def _deepseek_v3(model: Model) -> deepseek_v3.DeepSeekV3Model.Config:
     moe, mla, yarn = model.moe, model.mla, model.rope_scaling
     assert moe is not None and mla is not None
+    check_latent(mla)
     scaling: dict[str, Any] = {}
     if isinstance(yarn, YarnScaling):
         scaling = {"scaling": "yarn", "rope_factor": yarn.factor, "beta_fast": float(yarn.beta_fast)}

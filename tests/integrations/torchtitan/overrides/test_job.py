@@ -104,6 +104,35 @@ def test_what_it_cannot_do_is_named(change: str, text: str) -> None:
         config_of(change)
 
 
+@pytest.mark.parametrize(
+    "changes, processes, text",
+    [
+        (("training.seq_len=60",), 1, r"\[training\] seq_len = 60 must be a multiple of 8, because of the 8 pieces in"),
+        (
+            ("training.seq_len=33", "parallel.tensor=2"),
+            2,
+            "seq_len = 33 must be a multiple of 2, .* tensor_parallel_degree 2",
+        ),
+        (("model.mla.kv_lora_rank=33",), 1, r"\[model.mla\] kv_lora_rank = 33 must be even"),
+        (("model.vocab_size=513", "parallel.tensor=2"), 2, "2 does not divide the vocabulary of 513 "),
+        (("parallel.pipeline=9", "training.global_batch_size=9", "parallel.expert=1"), 9, "6 layers into 9 stages"),
+        (
+            ("torchtitan.parallelism.pipeline_parallel_schedule=PipelineScheduleSingle", "parallel.pipeline=2"),
+            2,
+            "'PipelineScheduleSingle' is no schedule",
+        ),
+        (
+            ("parallel.expert=1", "model.moe.num_experts=3", "model.moe.moe_intermediate_size=98"),
+            4,
+            r"4 processes share 3 experts, and FSDP over 4 of them does not divide an expert's hidden dim \(98\)",
+        ),
+    ],
+)
+def test_sizes_must_fit(changes: tuple[str, ...], processes: int, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        config_of(*changes, processes=processes)
+
+
 def test_context_parallelism_with_swapped_attention_is_refused() -> None:
     with pytest.raises(UsageError, match="context_parallel_degree > 1 is not supported with swapped attention"):
         config_of("parallel.context=2", "parallel.expert=1", processes=2)
