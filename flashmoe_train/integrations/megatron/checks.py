@@ -1,4 +1,4 @@
-"""What our parts of a Megatron model cannot compute, and what Megatron itself computes wrongly, refused by name."""
+"""What our parts of a Megatron model cannot compute, and what Megatron itself cannot or does wrongly: refused here."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from flashmoe_train.errors import UsageError
 from flashmoe_train.ops.expert_parallel import ExchangeCase, supports
 from flashmoe_train.ops.library import capability
+from flashmoe_train.schema import Model
 
 _Reason = tuple[bool, str]
 
@@ -41,6 +42,40 @@ def parallelism(config: Any) -> None:
             "parallelism: Megatron does not sum the experts' gradients over all processes with other tokens, and their "
             f"experts drift apart; set expert_tensor_parallel_size = {tensor}, or expert_model_parallel_size > 1"
         )
+
+
+def heads(tensor: int, model: Model) -> None:
+    """Raises UsageError for what Megatron's configuration would refuse in words of its own, or building the model."""
+    for name, size in (("num_attention_heads", model.num_attention_heads), ("vocab_size", model.vocab_size)):
+        if size % tensor:
+            raise UsageError(f"[parallel] tensor = {tensor} does not divide [model] {name} ({size})")
+    groups = model.num_key_value_heads or tensor
+    if groups % tensor and tensor % groups:
+        what = f"neither divides nor is a multiple of [model] num_key_value_heads ({groups})"
+        raise UsageError(f"[parallel] tensor = {tensor} {what}")
+
+
+def widths(config: Any, model: Model, seq_len: int) -> None:
+    """Raises UsageError for sizes that tensor parallelism cannot cut, which Megatron finds when it builds the model or
+    trains."""
+    tensor, moe, mla = config.tensor_model_parallel_size, model.moe, model.mla
+    of_experts = config.expert_tensor_parallel_size or tensor
+    cut: list[tuple[str, int, int]] = []
+    if moe is None or moe.first_k_dense_replace:
+        cut.append(("[model] intermediate_size", config.ffn_hidden_size, tensor))
+    if moe is not None:
+        cut.append(("[model.moe] moe_intermediate_size", config.moe_ffn_hidden_size, of_experts))
+        shared = config.moe_shared_expert_intermediate_size or 0
+        cut.append(("the width of shared experts", shared, tensor))
+    if mla is not None:
+        cut.append(("[model.mla] q_lora_rank", mla.q_lora_rank, tensor))
+        cut.append(("[model.mla] kv_lora_rank + qk_rope_head_dim", mla.kv_lora_rank + mla.qk_rope_head_dim, tensor))
+    if config.sequence_parallel:
+        cut.append(("[training] seq_len", seq_len, tensor))
+    for name, size, degree in cut:
+        if size % degree:
+            says = "[parallel] tensor" if degree == tensor else "[megatron] expert_tensor_parallel_size"
+            raise UsageError(f"{says} = {degree} does not divide {name} ({size})")
 
 
 def experts(config: Any) -> None:
