@@ -7,7 +7,7 @@ look at the checksums: a flipped bit would become a weight.
 
 import io
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -24,18 +24,19 @@ def is_complete(folder: Path) -> bool:
     return (folder / _METADATA).is_file()
 
 
-def steps(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, the newest first."""
-    found = {path: path.name.removeprefix("step-") for path in folder.glob("step-*") if is_complete(path)}
+def steps(folder: Path, complete: Callable[[Path], bool] = is_complete) -> list[Path]:
+    """The checkpoints of a run that are complete, the newest first."""
+    found = {path: path.name.removeprefix("step-") for path in folder.glob("step-*") if complete(path)}
     return sorted((path for path, step in found.items() if step.isdecimal()), key=lambda path: -int(found[path]))
 
 
-def check(checkpoint: Path, older: Sequence[Path], folder: Path) -> None:
-    """Raises UsageError if a file of a complete checkpoint is not what was written; says which of the older ones of the
-    run in `folder`, the newest first, is whole. Called by all processes."""
+def check(checkpoint: Path, own: Sequence[Path], folder: Path) -> None:
+    """Raises UsageError if a file of a complete checkpoint is not what was written; says which older one of the run in
+    `folder`, whose `own` are the newest first, is whole. Called by all processes."""
     problem = damage(checkpoint)
     if problem is None:
         return
+    older = own[own.index(checkpoint) + 1 :] if checkpoint in own else []
     whole = next((path for path in older if damage(path) is None), None)
     if whole is not None:
         step = whole.name.removeprefix("step-")

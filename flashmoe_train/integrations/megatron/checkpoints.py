@@ -24,8 +24,7 @@ def is_complete(folder: Path) -> bool:
 
 def complete(folder: Path) -> list[Path]:
     """The checkpoints of a run, the newest first: unfinished ones have another name."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and is_complete(path)]
-    return sorted(found, key=lambda path: -int(path.name[5:]))
+    return checkpoint_files.steps(folder, is_complete)
 
 
 class Checkpoints:
@@ -104,11 +103,11 @@ class Checkpoints:
         dist.barrier()  # before anybody saves another
         if not found:
             return 0, {}
-        path, *older = found
+        path = found[0]
         compat.before_loading(self.optimizer)
         groups = self.optimizer.param_groups
         rates = [{key: group[key] for key in ("max_lr", "min_lr") if key in group} for group in groups]
-        state = _load(self._state(loading=True), path, older)
+        state = _load(self._state(loading=True), path, found)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler.override_opt_param_scheduler:  # the recipe's schedule, of which groups hold a part
@@ -130,13 +129,13 @@ class Checkpoints:
         return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
 
 
-def _load(wanted: dict[str, Any], path: Path, older: Sequence[Path]) -> dict[str, Any]:
+def _load(wanted: dict[str, Any], path: Path, own: Sequence[Path]) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint.api import CheckpointException
 
     if checkpoint_files.is_complete(path):  # else of another of Megatron's formats
-        checkpoint_files.check(path, older, path.parent)
+        checkpoint_files.check(path, own, path.parent)
     try:
         return dist_checkpointing.load(wanted, str(path))
     except (CheckpointingException, CheckpointException, KeyError) as error:

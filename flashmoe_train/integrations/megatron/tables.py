@@ -25,9 +25,7 @@ class Job:
         self.tables: dict[str, dict[str, Any]] = {name: dict(_table(own, name)) for name in _TABLES}
         self.tables["config"] = own
         for name, known in _known(recipe.model is not None and recipe.model.mla is not None).items():
-            self.tables[name] = _checked(
-                self.tables[name], known, f"megatron.{name}" if name in _TABLES else "megatron"
-            )
+            self.tables[name] = _checked(self.tables[name], known, _title(name))
         self.said_by: dict[str, str] = {}
 
     def say(self, place: str, value: Any, key: str) -> None:
@@ -35,8 +33,7 @@ class Job:
         table, name = place.split(".")
         given = self.tables[table].get(name, value)
         if given != value:
-            own = "megatron" if table == "config" else f"megatron.{table}"
-            raise UsageError(f"[{own}] {name} = {given!r} contradicts {key}, which sets it to {value!r}")
+            raise UsageError(f"[{_title(table)}] {name} = {given!r} contradicts {key}, which sets it to {value!r}")
         self.tables[table][name] = value
         self.said_by[place] = key
 
@@ -87,6 +84,10 @@ def _checked(given: dict[str, Any], known: dict[str, Any], table: str) -> dict[s
             )
             raise UsageError(f"[{table}] {key} = {value!r}: {why}") from None
     return found
+
+
+def _title(table: str) -> str:
+    return f"megatron.{table}" if table in _TABLES else "megatron"
 
 
 def _table(own: dict[str, Any], name: str) -> dict[str, Any]:

@@ -80,10 +80,8 @@ class Checkpoints(CheckpointManager):
 
     def _check_files(self, checkpoint: Path) -> None:
         """Raises UsageError if a file of the checkpoint is not what was written; says which older one is whole."""
-        own = steps(Path(self.folder))
-        checkpoint_files.check(
-            checkpoint, own[own.index(checkpoint) + 1 :] if checkpoint in own else [], Path(self.folder)
-        )
+        folder = Path(self.folder)
+        checkpoint_files.check(checkpoint, steps(folder), folder)
 
     def _load_huggingface(self, state_dict: dict[str, Any], folder: str) -> None:
         assert self.sd_adapter is not None

@@ -118,6 +118,15 @@ def _check_expert_parallelism(parallelism: Any, world_size: int, sizes: Sizes, f
     check_expert_shards(sizes, degree, tensor, shared // (degree * tensor))
 
 
+def fsdp_processes(parallelism: Any, world_size: int) -> int:
+    """Over how many processes FSDP shards: those of data and of context parallelism."""
+    return world_size // (
+        parallelism.tensor_parallel_degree
+        * parallelism.pipeline_parallel_degree
+        * parallelism.data_parallel_replicate_degree
+    )
+
+
 def check_expert_shards(sizes: Sizes, degree: int, tensor: int, shards: int) -> None:
     """Raises UsageError where FSDP over so many `shards` of what expert and tensor parallelism leave of the experts'
     weights cannot cut these: where there are more processes than experts it cuts their second dimension, evenly."""

@@ -10,6 +10,7 @@ from packaging.version import Version
 from flashmoe_train import versions
 from flashmoe_train.errors import UsageError
 from flashmoe_train.integrations import sizes as machine
+from flashmoe_train.integrations.torchtitan import checks
 from flashmoe_train.integrations.torchtitan.config import FlashMoE
 from flashmoe_train.integrations.torchtitan.converters import context
 
@@ -49,13 +50,7 @@ def experts_of(model_args: Any) -> Any:
 def check_expert_mesh(config: Any, world_size: int) -> None:
     """Raises UsageError where experts are shared without FSDP: for these models TorchTitan asks for FSDP's mesh, which
     there is not then."""
-    parallelism = config.parallelism
-    degree = parallelism.expert_parallel_degree
-    fsdp = world_size // (
-        parallelism.tensor_parallel_degree
-        * parallelism.pipeline_parallel_degree
-        * parallelism.data_parallel_replicate_degree
-    )
+    degree, fsdp = config.parallelism.expert_parallel_degree, checks.fsdp_processes(config.parallelism, world_size)
     if degree > 1 and fsdp == 1 and config.model.name in ("deepseek_v3", "llama4"):
         raise UsageError(
             f"[parallelism] expert_parallel_degree {degree}: TorchTitan 0.2's {config.model.name} shares experts only "

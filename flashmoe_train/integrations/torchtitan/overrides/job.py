@@ -292,10 +292,7 @@ def _check_sizes(config: Trainer.Config, world_size: int, sizes: Sizes) -> None:
             raise UsageError(f"[training] seq_len = {seq_len} must be a multiple of {needed}, because of {why}")
     checks.divides("tensor_parallel_degree", tensor, f"the vocabulary of {sizes.vocabulary}", sizes.vocabulary)
     if parallelism.expert_parallel_degree == 1:
-        shards = world_size // (
-            tensor * parallelism.pipeline_parallel_degree * parallelism.data_parallel_replicate_degree
-        )
-        checks.check_expert_shards(sizes, 1, 1, shards)
+        checks.check_expert_shards(sizes, 1, 1, checks.fsdp_processes(parallelism, world_size))
 
 
 def sizes(tables: dict[str, Any]) -> Sizes:
