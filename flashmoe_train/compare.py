@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from rich.console import Console
@@ -70,12 +70,15 @@ def compare(recipe: Recipe, processes: int, allow_fallback: bool, console: Conso
     worst = next((i for i, d in enumerate(differences) if not isfinite(d)), differences.index(max(differences)))
     curve = draw({choice: run.losses for choice, run in runs.items()}, folder / "compare.png")
     written = folder / "compare.json"
-    content = {"largest_difference": differences[worst], **{choice: vars(run) for choice, run in runs.items()}}
+    mean = fmean(differences)
+    found = {"mean_difference": mean, "largest_difference": differences[worst]}
+    content = found | {choice: vars(run) for choice, run in runs.items()}
     written.write_text(json.dumps(content, indent=1) + "\n")
     console.print(_table(runs))
     facts = Table.grid(padding=(0, 2))
     facts.add_row(
-        "largest difference of a loss", f"{differences[worst]:.1e}, of logged step {worst + 1} of {len(differences)}"
+        "losses differ by",
+        f"{mean:.1e} in the mean; at most {differences[worst]:.1e}, of logged step {worst + 1} of {len(differences)}",
     )
     facts.add_row("curves", str(curve))
     facts.add_row("numbers", str(written))

@@ -62,7 +62,8 @@ def test_both_start_from_one_seed_checkpoint(started: list[tuple[Recipe, int, bo
     written = json.loads((tmp_path / "run/compare/compare.json").read_text())
     assert written["stock"]["tokens_per_s"] == 100 and written["flashmoe"]["heldout"] == 1.25
     assert (tmp_path / "run/compare/compare.png").read_bytes().startswith(b"\x89PNG")
-    for part in ("1.50", "1.0e-03, of logged step 6 of 7", "held-out", "peak memory"):
+    assert written["mean_difference"] == pytest.approx(1e-3 / 7)
+    for part in ("1.50", "1.4e-04 in the mean; at most 1.0e-03, of logged step 6 of 7", "held-out", "peak memory"):
         assert part in text.getvalue()
 
 

@@ -2,9 +2,8 @@
 a user would type. Megatron's stock is its own modules, without TransformerEngine.
 
 Rows hold, for both, the median time of a step, tokens/s per device, peak memory per device and the loss of every step.
-Cases that train long enough to compare losses train stock once more: its own kernels add in another order each time.
-Some train it from another seed as well: other first weights, and the same text. Their rows also hold how far all of
-these are from the first run of stock, as a mean over the steps.
+Cases that train long enough to compare losses have controls, which train stock again (CONTROLS). Their rows also hold
+how far all of these are from the first run of stock, as a mean over the steps.
 """
 
 import tempfile
@@ -28,7 +27,11 @@ from flashmoe_train.ops.library import capability
 from flashmoe_train.recipe import with_swap
 from flashmoe_train.schema import Checkpoint, Choice, Recipe
 
-AGAIN, OTHER_SEED = "stock_again", "stock_other_seed"
+CONTROLS: dict[str, tuple[str, ...]] = {
+    "stock_again": (),  # many of its kernels add in another order each time
+    "stock_deterministic": ("training.deterministic=true",),  # for models of which stock repeats itself as it is
+    "stock_other_seed": ("training.seed=1",),  # other first weights, the same text
+}
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,7 @@ class Case:
     recipe: str
     gpus: int  # processes, where there is no GPU
     overrides: tuple[str, ...] = ()
-    again: bool = False  # train stock twice
-    other_seed: bool = False  # train stock from another seed too
+    controls: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -67,10 +69,8 @@ class TrainBench(Bench):
             return row
         losses = dict[str, list[float]]()
         runs: dict[str, tuple[Case, Choice]] = {choice: (case, choice) for choice in CHOICES}
-        if case.again:
-            runs[AGAIN] = case, "stock"
-        if case.other_seed:
-            runs[OTHER_SEED] = replace(case, overrides=(*case.overrides, "training.seed=1")), "stock"
+        for control in case.controls:
+            runs[control] = replace(case, overrides=(*case.overrides, *CONTROLS[control])), "stock"
         for name, (of_case, choice) in runs.items():
             try:
                 run = _train(of_case, choice)
@@ -128,6 +128,7 @@ def path_of_kernels(device_type: str) -> str:
 # the device for the host: TorchTitan's users log every tenth step, unless they ask for more.
 SELDOM = "torchtitan.metrics.log_freq=5"
 _LOSSES = ("training.steps=100", "training.warmup_steps=20", SELDOM)
+_AGAIN = ("stock_again",)
 OUR_EXCHANGE = "swap.dispatch=flashmoe"
 _SMALL = ("training.steps=8", "training.seq_len=32", "training.validate_steps=1", "model.num_hidden_layers=2")
 
@@ -137,17 +138,17 @@ BENCHES = (
         title="Training under TorchTitan",
         rate="tokens_per_s_per_gpu",
         standard=[
-            Case("quickstart", launch.default_processes()),
-            Case("llama3_debug", 1, ("training.steps=200", "training.seq_len=1024"), again=True),
-            Case("llama3_8b_4layers", 1, ("training.global_batch_size=1",), again=True),
-            Case("deepseek_v3_16b_4gpu", 4, (OUR_EXCHANGE, *_LOSSES), again=True, other_seed=True),
-            Case("qwen3_30b_24layers_4gpu", 4, (OUR_EXCHANGE, *_LOSSES), again=True),
-            Case("llama3_8b_4gpu", 4, _LOSSES, again=True),
-            Case("llama3_8b_32k_4gpu", 4, _LOSSES, again=True),
+            Case("quickstart", launch.default_processes(), controls=("stock_again", "stock_deterministic")),
+            Case("llama3_debug", 1, ("training.steps=200", "training.seq_len=1024"), controls=_AGAIN),
+            Case("llama3_8b_4layers", 1, ("training.global_batch_size=1",), controls=_AGAIN),
+            Case("deepseek_v3_16b_4gpu", 4, (OUR_EXCHANGE, *_LOSSES), controls=("stock_again", "stock_other_seed")),
+            Case("qwen3_30b_24layers_4gpu", 4, (OUR_EXCHANGE, *_LOSSES), controls=_AGAIN),
+            Case("llama3_8b_4gpu", 4, _LOSSES, controls=_AGAIN),
+            Case("llama3_8b_32k_4gpu", 4, _LOSSES, controls=_AGAIN),
             # Halves of these models on two GPUs, where the memory is that of the parameters.
-            Case("deepseek_v3_16b_4gpu", 2, ("model.num_hidden_layers=13", OUR_EXCHANGE, *_LOSSES), again=True),
-            Case("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12", OUR_EXCHANGE, *_LOSSES), again=True),
-            Case("llama3_8b_4gpu", 2, _LOSSES, again=True),
+            Case("deepseek_v3_16b_4gpu", 2, ("model.num_hidden_layers=13", OUR_EXCHANGE, *_LOSSES), controls=_AGAIN),
+            Case("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12", OUR_EXCHANGE, *_LOSSES), controls=_AGAIN),
+            Case("llama3_8b_4gpu", 2, _LOSSES, controls=_AGAIN),
         ],
         tiny=[Case("quickstart", min(2, launch.default_processes()), _SMALL)],
     ),

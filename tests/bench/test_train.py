@@ -17,6 +17,7 @@ LOSSES = {
     "stock": [3.0, 2.0],
     "flashmoe": [3.1, 2.300001],
     "stock_again": [3.0, 2.1],
+    "stock_deterministic": [3.0, 1.9],
     "stock_other_seed": [3.5, 2.5],
 }
 
@@ -26,20 +27,20 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def one(case: train.Case, choice: str) -> Run:
-        other = "stock_other_seed" if "training.seed=1" in case.overrides else "stock_again"
-        names.append(other if choice in names else choice)
+        of_overrides = {overrides: control for control, overrides in train.CONTROLS.items()}
+        names.append(of_overrides[case.overrides] if choice in names else choice)
         return Run(losses=LOSSES[names[-1]], heldout=None, step_ms=len(names), tokens_per_s=100.0, peak_gib=1.0)
 
     monkeypatch.setattr(train, "_train", one)
     return names
 
 
-@pytest.mark.parametrize("again, seed", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("controls", [(), ("stock_again",), tuple(train.CONTROLS)])
 def test_stock_once_more_is_the_scale_of_differences(
-    again: bool, seed: bool, trained: list[str], tmp_path: Path
+    controls: tuple[str, ...], trained: list[str], tmp_path: Path
 ) -> None:
-    row = BENCH.measure(train.Case("llama3_debug", 1, again=again, other_seed=seed), Stopwatch(torch.device("cpu")))
-    assert trained == ["stock", "flashmoe", *["stock_again"] * again, *["stock_other_seed"] * seed]
+    row = BENCH.measure(train.Case("llama3_debug", 1, controls=controls), Stopwatch(torch.device("cpu")))
+    assert trained == ["stock", "flashmoe", *controls]
     assert row.ms == {"stock": 1, "flashmoe": 2}  # the second run of stock is no baseline
     results = here("train_torchtitan", "flashmoe bench train", torch.device("cpu"))
     results.rows.append(row)
@@ -47,16 +48,17 @@ def test_stock_once_more_is_the_scale_of_differences(
     (stored,) = read(tmp_path / "docs/results/gpu/train_torchtitan.json").rows
     extra: dict[str, Any] = stored.model_extra or {}
     assert extra["loss"] == {name: LOSSES[name] for name in trained}
-    differences = {"flashmoe": 0.2, "stock_again": 0.05} | ({"stock_other_seed": 0.5} if seed else {})
-    assert extra.get("from_stock") == (pytest.approx(differences) if again else None)
+    scale = {"stock_again": 0.05, "stock_deterministic": 0.05, "stock_other_seed": 0.5}
+    differences = {"flashmoe": 0.2} | {control: scale[control] for control in controls}
+    assert extra.get("from_stock") == (pytest.approx(differences) if controls else None)
     drawn = [*curves(tmp_path)]
     losses = {name: LOSSES[name] for name in trained}
-    assert drawn == ([(tmp_path / "docs/results/gpu/train_torchtitan_llama3_debug.png", losses)] if again else [])
+    assert drawn == ([(tmp_path / "docs/results/gpu/train_torchtitan_llama3_debug.png", losses)] if controls else [])
 
 
 def test_standard_cases_are_found_by_label_and_others_by_recipe() -> None:
     assert [case.recipe for case in BENCH.matching("llama3_debug*")] == ["llama3_debug"]
-    assert BENCH.matching("llama3_debug*")[0].again
+    assert BENCH.matching("llama3_debug*")[0].controls
     assert [case.gpus for case in MEGATRON.matching("megatron_*")] == [2, 2, 2]
     assert BENCH.matching("megatron_*") == MEGATRON.matching("qwen3_moe_debug") == ()
     assert BENCH.matching("qwen3_moe_debug") == (train.Case("qwen3_moe_debug", 2),)
