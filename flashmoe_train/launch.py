@@ -25,6 +25,7 @@ def torchrun(arguments: list[str], processes: int, restarts: int = 0) -> None:
     """Runs `-m flashmoe_train.train` with these arguments on every process. If one of them fails, torchrun ends the
     others, and all are started again, at most `restarts` times and not after a usage error, which would come again;
     then this process ends too."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
@@ -42,11 +43,28 @@ def torchrun(arguments: list[str], processes: int, restarts: int = 0) -> None:
             return
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+        except SignalException as error:  # this process was to end, and torchrun has ended the others
+            print(f"ended by {error.sigval.name}", file=sys.stderr)
+            sys.exit(128 + error.sigval)
         killed = failure.exitcode < 0
         how = f"process {rank} " + (f"was ended by {failure.signal_name()}" if killed else "failed")
         if start == restarts or failure.exitcode == USAGE_ERROR:
             sys.exit(f"error: {how}" if killed else failure.exitcode)
         print(f"{how}: all processes start again, restart {start + 1} of {restarts}", file=sys.stderr)
+
+
+def share_gpus(local_rank: int, processes: int) -> None:
+    """For one of so many processes on this machine, before it touches a GPU: where GPUs are fewer, several processes
+    share one. What they compute is right; a layout can be tried before there are the GPUs for it."""
+    gpus = torch.cuda.device_count()
+    if not 0 < gpus < processes:
+        return
+    if local_rank == 0:
+        print(f"{processes} processes share {gpus} GPU{'s' * (gpus > 1)}: far slower than on as many")
+    os.environ["LOCAL_RANK"] = str(local_rank % gpus)
+    # NCCL lets processes share a GPU that it takes for those of different machines, which then talk over sockets.
+    os.environ["NCCL_HOSTID"] = f"{os.uname().nodename}-{local_rank}"
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
 
 
 class RunError(Exception):

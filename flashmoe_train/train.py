@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flashmoe_train import integrations
+from flashmoe_train import integrations, launch
 from flashmoe_train import recipe as recipes
 from flashmoe_train.errors import USAGE_ERROR, UsageError
 
@@ -30,6 +30,8 @@ def train(recipe: str, overrides: list[str], allow_fallback: bool) -> None:
     loaded = recipes.load(recipe, overrides)
     if "WORLD_SIZE" not in os.environ:
         raise UsageError("this program is started by torchrun; `flashmoe train` does that for you")
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun says it, other launchers may not
+        launch.share_gpus(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     runner = integrations.part(loaded.framework, "runner")
     kept = [override for override in overrides if not override.startswith("training.steps=")]  # it suggests another
     command = shlex.join([command_name(), "train", recipe, *kept])

@@ -5,9 +5,12 @@ import os
 import socket
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from flashmoe_train import launch
 
 
 def _entry(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple) -> None:
@@ -19,11 +22,20 @@ def _entry(rank: int, world_size: int, port: int, function: Callable[..., None],
 
 
 def join(rank: int, world_size: int, port: int, backend: str = "gloo") -> None:
-    """Makes this process one of several."""
+    """Makes this process one of several; with NCCL each has a GPU, or shares those that there are."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
     )
+    if backend == "nccl":
+        launch.share_gpus(rank, world_size)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend)
+
+
+def need_gpus(count: int) -> None:
+    """Skips a test where there are fewer GPUs, unless its processes are to share them."""
+    if torch.cuda.device_count() < (1 if os.environ.get("FLASHMOE_SHARE_GPUS") == "1" else count):
+        pytest.skip(f"needs {count} GPUs, or FLASHMOE_SHARE_GPUS=1, with which processes share one")
 
 
 def free_port() -> int:

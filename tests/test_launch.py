@@ -1,12 +1,14 @@
 """How processes are started, and started again; what is said of a run that failed."""
 
+import os
 import signal
 
 import pytest
 import torch.distributed.run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from flashmoe_train.launch import reason, torchrun
+from flashmoe_train.launch import reason, share_gpus, torchrun
 
 
 @pytest.mark.parametrize(
@@ -66,3 +68,36 @@ def test_starts_again_unless_the_user_was_wrong(
     assert len(said) == starts - 1
     if codes[0] == -signal.SIGKILL and starts > 1:
         assert said[0] == f"process 1 was ended by SIGKILL: all processes start again, restart 1 of {restarts}"
+
+
+def test_a_signal_ends_all_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(arguments: list[str]) -> None:
+        raise SignalException("Process 1 got signal: 15", signal.SIGTERM)
+
+    monkeypatch.setattr(torch.distributed.run, "main", main)
+    with pytest.raises(SystemExit) as ended:
+        torchrun(["a.toml"], 2, restarts=3)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "ended by SIGTERM\n"
+
+
+@pytest.mark.parametrize("gpus, processes", [(1, 2), (2, 4), (2, 2), (8, 2), (0, 2)])
+def test_processes_share_gpus_where_these_are_fewer(
+    gpus: int, processes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    places = []
+    for rank in range(processes):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {"LOCAL_RANK": str(rank)})
+            share_gpus(rank, processes)
+            places.append((int(os.environ["LOCAL_RANK"]), os.environ.get("NCCL_HOSTID")))
+    said = capsys.readouterr().out
+    if 0 < gpus < processes:
+        assert [gpu for gpu, _ in places] == [rank % gpus for rank in range(processes)]
+        assert len({host for _, host in places}) == processes
+        assert said.count("\n") == 1 and f"{processes} processes share {gpus} GPU" in said
+    else:
+        assert places == [(rank, None) for rank in range(processes)] and not said

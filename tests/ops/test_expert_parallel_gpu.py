@@ -36,7 +36,7 @@ LARGER = 1.3  # than the error of one GPU: what a rank computes of a token is ro
 
 
 def on_gpu(**options: object) -> dict[str, object]:
-    return {"dtype": torch.bfloat16, "device": torch.device("cuda", dist.get_rank()), "timeout": 20.0} | options
+    return {"dtype": torch.bfloat16, "device": torch.device("cuda"), "timeout": 20.0} | options
 
 
 def exchanges(shared: Shared, **options: object) -> tuple[Exchange, Exchange]:
@@ -188,7 +188,6 @@ def check_missing() -> None:
 
 
 def _entry(rank: int, world: int, port: int, function: Callable[[], None]) -> None:
-    torch.cuda.set_device(rank)
     processes.join(rank, world, port, "nccl")
     function()
     dist.barrier()
@@ -198,6 +197,5 @@ def _entry(rank: int, world: int, port: int, function: Callable[[], None]) -> No
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("function", [check_results, check_many, check_rest, check_missing])
 def test_peer_memory(function: Callable[[], None], world: int) -> None:
-    if torch.cuda.device_count() < world:
-        pytest.skip(f"needs {world} GPUs")
+    processes.need_gpus(world)
     processes.start(_entry, world, processes.free_port(), function, processes=world)

@@ -3,19 +3,19 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from flashmoe_train import recipe
 from flashmoe_train.compare import compare
 from flashmoe_train.monitor import new_console
+
+from ... import processes
 
 pytestmark = pytest.mark.gpu
 
 
 def test_our_exchange(tmp_path: Path) -> None:
     """In bfloat16, over peer memory, with gradients that are summed in float32, against stock."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 GPUs")
+    processes.need_gpus(2)
     overrides = ["training.steps=8", "training.precision=bfloat16", "parallel.expert=2", "swap.dispatch=flashmoe"]
     loaded = recipe.load("megatron_moe_debug", [f"folder={tmp_path}/run", *overrides])
     assert compare(loaded, 2, False, new_console()) <= 2e-2

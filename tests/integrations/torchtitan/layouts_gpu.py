@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ... import processes
@@ -14,9 +13,9 @@ from . import jobs
 def entry(
     rank: int, world: int, port: int, tables: dict[str, Any], sizes: jobs.Sizes, layouts: Any, root: Path
 ) -> None:
-    """One of `world` processes, each with a GPU: trains every layout as stock and swapped and, where experts are
+    """One of `world` processes, on GPUs: trains every layout as stock and swapped and, where experts are
     shared, with our exchange. A run that fails says why in a file and does not keep the next from running."""
-    join(rank, world, port)
+    processes.join(rank, world, port, "nccl")
     for layout, overrides in layouts.items():
         for choice in jobs.choices(overrides):
             name = run_name(layout, choice)
@@ -34,11 +33,6 @@ def run_name(layout: str, choice: str) -> str:
 
 def seed(rank: int, port: int, tables: dict[str, Any], sizes: jobs.Sizes, root: Path) -> None:
     """In a process of its own, before the others: writes the weights that all start from."""
-    join(rank, 1, port)
+    processes.join(rank, 1, port, "nccl")
     jobs.write_seed_checkpoint(tables, sizes, root)
     dist.destroy_process_group()
-
-
-def join(rank: int, world: int, port: int) -> None:
-    torch.cuda.set_device(rank)
-    processes.join(rank, world, port, "nccl")

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from flashmoe_train.integrations.sizes import Sizes, check_kernels
 from flashmoe_train.integrations.torchtitan.config import FlashMoE
@@ -93,8 +92,7 @@ def sizes_of(model: str) -> Sizes:
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("model", ["llama3", "deepseek_v3"])
 def test_swapped_equals_stock_on_gpus(model: str, world: int, tmp_path: Path) -> None:
-    if torch.cuda.device_count() < world:
-        pytest.skip(f"needs {world} GPUs")
+    processes.need_gpus(world)
     sizes = SIZES[model]
     check_kernels(FlashMoE(attention="flashmoe", moe="flashmoe"), "bfloat16", sizes_of(model))
     chosen = {"llama3": LLAMA3, "deepseek_v3": DEEPSEEK}[model][world]

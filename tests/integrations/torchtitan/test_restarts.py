@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+from ... import processes
 from .dying import STEP
 from .runs import SMALL
 
@@ -25,7 +25,6 @@ def losses(folder: Path, *arguments: str) -> tuple[dict[int, float], subprocess.
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     summary = folder / "summary.json"
     steps = json.loads(summary.read_text())["steps"] if summary.exists() else []
@@ -46,6 +45,7 @@ def goes_on(tmp_path: Path, *overrides: str, rounding: float = 0.0) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # three starts of everything
 def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
     goes_on(tmp_path)
 
@@ -54,8 +54,7 @@ def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dispatch", ["stock", "flashmoe"])
 def test_a_killed_process_is_started_again_on_gpus(dispatch: str, tmp_path: Path) -> None:
     """With our exchange too, which then still is over peer memory."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 GPUs")
+    processes.need_gpus(2)
     goes_on(tmp_path, f"swap.dispatch={dispatch}", rounding=2e-2)
     if dispatch == "flashmoe":
         log = (tmp_path / "killed/log_rank0.txt").read_text()
@@ -72,8 +71,6 @@ def test_restarts_need_checkpoints(tmp_path: Path) -> None:
 def test_a_usage_error_is_not_repeated(tmp_path: Path) -> None:
     """One that the processes find; a [torchtitan] table that is none is left to them too."""
     command = [sys.executable, "-m", "flashmoe_train.cli", "train", "quickstart", "torchtitan.checkpoint=3"]
-    result = subprocess.run(
-        [*command, "--restarts=2", "--processes=1"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    result = subprocess.run([*command, "--restarts=2", "--processes=1"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == "error: [torchtitan.checkpoint] must be a table, found 3\n"
