@@ -171,6 +171,7 @@ class _Registered:
         left alone and why; `print` shows it, `revert()` undoes it.
         Raises UsageError if nothing could be swapped (not of a dry run, whose report says so), or for a wrong choice.
         """
+        self._load_own()
         wanted = {"attention": attention, "experts": experts}
         for part, choice in wanted.items():
             if choice not in get_args(Choice):
@@ -197,6 +198,7 @@ class _Registered:
 
         Raises TypeError if the class is no subclass: then names and shapes of its parameters could differ.
         """
+        self._load_own()
 
         def decorate(replacement: Replacement) -> Replacement:
             self._swaps[target] = Swap(target, replacement, why_not, part)
@@ -208,6 +210,10 @@ class _Registered:
         """Has `swap_model(model, parts, dry_run) -> Report` of `module`, which is imported then, swap models that have
         modules of classes from `package`."""
         self._frameworks[package] = module
+
+    def _load_own(self) -> None:
+        """Registers the swaps of PyTorch's own classes, before any that may be meant to replace them."""
+        importlib.import_module("flashmoe_train.integrations.pytorch")
 
 
 swap = _Registered()

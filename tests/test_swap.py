@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import flashmoe_train
 from flashmoe_train.errors import UsageError
+from flashmoe_train.integrations import pytorch  # noqa: F401  (its swaps are registered once, not in a test's own dict)
 from flashmoe_train.swap import Row, Swap, swap_modules
 
 

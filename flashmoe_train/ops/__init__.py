@@ -2,3 +2,14 @@
 
 Imports torch and nothing else. `torch.ops.flashmoe.*` are the operators; the public functions are what to call.
 """
+
+import importlib
+from types import ModuleType
+
+_FAMILIES = ("attention", "expert_parallel", "moe")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in _FAMILIES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")
