@@ -47,6 +47,8 @@ def _content(root: Path, found: re.Match[str]) -> str:
 
 
 def _schemas() -> list[str]:
+    from flashmoe_train.ops import attention, expert_parallel, moe  # noqa: F401 (they register them)
+
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("flashmoe::"))
     return sorted(str(getattr(torch.ops.flashmoe, name.split("::")[1]).default._schema) for name in names)
 
