@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
@@ -13,23 +14,33 @@ import torch.multiprocessing as mp
 from flashmoe_train import launch
 
 
-def _entry(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple) -> None:
-    join(rank, world_size, port)
+def _entry(
+    rank: int,
+    world_size: int,
+    port: int,
+    timeout: timedelta | None,
+    function: Callable[..., None],
+    arguments: tuple,
+) -> None:
+    join(rank, world_size, port, timeout=timeout)
     try:
         function(*arguments)
     finally:
         dist.destroy_process_group()
 
 
-def join(rank: int, world_size: int, port: int, backend: str = "gloo") -> None:
-    """Makes this process one of several; with NCCL each has a GPU, or shares those that there are."""
+def join(rank: int, world_size: int, port: int, backend: str = "gloo", timeout: timedelta | None = None) -> None:
+    """Makes this process one of several; with NCCL each has a GPU, or shares those that there are.
+
+    `timeout`: of collectives, instead of PyTorch's.
+    """
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
     )
     if backend == "nccl":
         launch.share_gpus(rank, world_size)
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=timeout)
 
 
 def need_gpus(count: int) -> None:
@@ -44,9 +55,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run(function: Callable[..., None], *arguments: object, processes: int = 2) -> None:
+def run(
+    function: Callable[..., None], *arguments: object, processes: int = 2, timeout: timedelta | None = None
+) -> None:
     """Calls `function(*arguments)`, a function of a module, in every process."""
-    start(_entry, processes, free_port(), function, arguments, processes=processes)
+    start(_entry, processes, free_port(), timeout, function, arguments, processes=processes)
 
 
 def start(function: Callable[..., None], *arguments: object, processes: int) -> None:

@@ -162,8 +162,6 @@ def test_tokens_suffice_whatever_a_step_took(tmp_path: Path) -> None:
 def _tokenises_for_long(root: Path) -> None:
     """Longer than the processes' collectives may take."""
     (root / "text.txt").write_text("some words of a text\n" * 2000)
-    dist.destroy_process_group()
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     plan = recipes.resolve(jobs.recipe_of("dense", root / "run", root / "text.txt"), 2)
     prepare = token_files.prepare
 
@@ -183,7 +181,7 @@ def _tokenises_for_long(root: Path) -> None:
 
 @pytest.mark.slow
 def test_waits_for_the_process_that_tokenises(tmp_path: Path) -> None:
-    processes.run(_tokenises_for_long, tmp_path)
+    processes.run(_tokenises_for_long, tmp_path, timeout=timedelta(seconds=20))
 
 
 def _refuses_damaged(root: Path) -> None:
