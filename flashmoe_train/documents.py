@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from flashmoe_train import support
+from flashmoe_train import ops, support
 from flashmoe_train.bench import by_name, hopper, report, utilisation
 from flashmoe_train.bench.results import OURS, Results, read
 from flashmoe_train.bench.variants.run import Measured, matrix, rate_unit
@@ -47,8 +47,7 @@ def _content(root: Path, found: re.Match[str]) -> str:
 
 
 def _schemas() -> list[str]:
-    from flashmoe_train.ops import attention, expert_parallel, moe  # noqa: F401 (they register them)
-
+    ops.load_all()
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("flashmoe::"))
     return sorted(str(getattr(torch.ops.flashmoe, name.split("::")[1]).default._schema) for name in names)
 

@@ -15,12 +15,7 @@ from flashmoe_train import launch
 
 
 def _entry(
-    rank: int,
-    world_size: int,
-    port: int,
-    timeout: timedelta | None,
-    function: Callable[..., None],
-    arguments: tuple,
+    rank: int, world_size: int, port: int, timeout: timedelta | None, function: Callable[..., None], arguments: tuple
 ) -> None:
     join(rank, world_size, port, timeout=timeout)
     try:

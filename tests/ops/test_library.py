@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashmoe_train import attention, moe
+from flashmoe_train import attention, moe, ops
 from flashmoe_train.ops import library
 from flashmoe_train.ops.moe import moe_combine, router_topk
 from flashmoe_train.ops.moe.glu import moe_glu
@@ -34,6 +34,7 @@ GRADIENTS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 
 
 def test_every_gradient_is_listed() -> None:
+    ops.load_all()
     operators = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("flashmoe::")}
     assert {name.removeprefix("flashmoe::") for name in operators if name.endswith("_backward")} == set(GRADIENTS)
 
