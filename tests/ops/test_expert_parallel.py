@@ -133,7 +133,8 @@ def check_added(shared: Shared, where: dict[str, Any]) -> None:
         assert (b.float().cpu() - c).norm() <= allowed * c.norm(), name
     if exchange.dtype != torch.float32:
         assert not torch.equal(sums[0], sums[0].to(exchange.dtype).float())
-        assert not torch.equal(plain[0], run(shared, exchange)[0])  # the weights are rounded elsewhere
+        elsewhere = run(shared, exchange)[0]  # are the weights rounded: seen by whoever has tokens
+        assert not len(elsewhere) or not torch.equal(plain[0], elsewhere)
     with pytest.raises(ValueError, match="gradients must not be delayed"):
         run(shared, exchange, gradients=WeightGradients(*sums, delayed=True))
     with pytest.raises(ValueError, match="dw2 must be"):
