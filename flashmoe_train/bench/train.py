@@ -145,7 +145,9 @@ BENCHES = (
             Case("qwen3_30b_24layers_4gpu", 4, (OUR_EXCHANGE, *_LOSSES), controls=_AGAIN),
             Case("llama3_8b_4gpu", 4, _LOSSES, controls=_AGAIN),
             Case("llama3_8b_32k_4gpu", 4, _LOSSES, controls=_AGAIN),
-            # Halves of these models on two GPUs, where the memory is that of the parameters.
+            # A few layers of these models on one GPU and their halves on two: the memory is that of the parameters.
+            Case("deepseek_v3_16b_4gpu", 1, ("model.num_hidden_layers=8", *_LOSSES), controls=_AGAIN),
+            Case("qwen3_30b_24layers_4gpu", 1, ("model.num_hidden_layers=7", *_LOSSES), controls=_AGAIN),
             Case("deepseek_v3_16b_4gpu", 2, ("model.num_hidden_layers=13", OUR_EXCHANGE, *_LOSSES), controls=_AGAIN),
             Case("qwen3_30b_24layers_4gpu", 2, ("model.num_hidden_layers=12", OUR_EXCHANGE, *_LOSSES), controls=_AGAIN),
             Case("llama3_8b_4gpu", 2, _LOSSES, controls=_AGAIN),

@@ -22,7 +22,7 @@ def losses(folder: Path, *arguments: str) -> tuple[dict[int, float], subprocess.
     result = subprocess.run(
         [*command, "checkpoint.every=2", "training.validate_steps=1", "--processes=2", "--allow-fallback", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
     )
