@@ -67,5 +67,5 @@ def test_standard_cases_are_found_by_label_and_others_by_recipe() -> None:
 def test_every_stored_curve_is_drawn() -> None:
     for path, losses in curves():
         assert path.exists(), "run python -m flashmoe_train.documents"
-        assert len(losses["flashmoe"]) >= 100
+        assert all(len(own) == len(losses["stock"]) >= 20 for own in losses.values())  # large models log every fifth
         assert f"({path.relative_to(ROOT / 'docs')})" in (ROOT / "docs/torchtitan.md").read_text()
