@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from flashmoe_train.ops.expert_parallel import Exchange, ExchangeCase, ep_plan, routed_experts, supports
 from flashmoe_train.ops.moe import WeightGradients
@@ -141,6 +142,24 @@ def check_added(shared: Shared, where: dict[str, Any]) -> None:
         run(shared, exchange, gradients=WeightGradients(sums[0], sums[0], sums[2]))
 
 
+def check_frozen(shared: Shared, where: dict[str, Any]) -> None:
+    """Gradients of frozen weights are not computed; the others are what they were."""
+    exchange = exchange_for(shared, **where)
+    before = run(shared, exchange)
+    (x, *w, weights), ids, dout = shared.tensors(exchange)
+    tokens, experts = shared.own(dist.get_rank())
+    for frozen, products in (((0,), 12), ((1,), 10), ((0, 2), 8), ((0, 1, 2), 6)):
+        own = [e[experts].clone().requires_grad_(i not in frozen) for i, e in enumerate(w)]
+        leaves = [x[tokens].clone().requires_grad_(), weights[tokens].clone().requires_grad_()]
+        out = routed_experts(leaves[0], *own, ids[tokens], leaves[1], exchange)
+        with FlopCounterMode(display=False) as counter:
+            out.backward(dout[tokens])
+        assert counter.get_total_flops() == products * ids[tokens].numel() * shared.hidden * shared.dim
+        assert torch.equal(leaves[0].grad, before[1]) and torch.equal(leaves[1].grad, before[5])
+        for i, e in enumerate(own):
+            assert e.grad is None if i in frozen else torch.equal(e.grad, before[2 + i])
+
+
 def check_wide(shared: Shared, where: dict[str, Any]) -> None:
     """Float32 weights are rounded by the operators, and their gradients are not."""
     exchange = exchange_for(shared, **where)
@@ -255,6 +274,7 @@ def check_two() -> None:
     check_overflow({}, {})
     for dtype in (torch.float32, torch.bfloat16):
         check_added(shared, {"dtype": dtype})
+        check_frozen(shared, {"dtype": dtype})
     check_wide(shared, {"dtype": torch.bfloat16})
     check_ids()
     check_errors()

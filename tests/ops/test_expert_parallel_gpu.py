@@ -21,6 +21,7 @@ from .test_expert_parallel import (
     Layers,
     Shared,
     check_added,
+    check_frozen,
     check_layers,
     check_overflow,
     check_wide,
@@ -163,6 +164,7 @@ def check_rest() -> None:
     shared = Shared("random", (40, 33, 0, 21)[:world], **SIZES)
     check_layers(shared, exchange_for(shared, **on_gpu(peer_memory=True)), compiled=True)
     check_added(shared, on_gpu(peer_memory=True))
+    check_frozen(shared, on_gpu(peer_memory=True))
     check_wide(shared, on_gpu(peer_memory=True))
     check_graph()
     check_late()

@@ -110,7 +110,9 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         inputs = (dout.contiguous(), *ctx.saved_tensors, *ctx.said)
         if ctx.gradients is None:
-            dx, dweights, *dw = ep_gradients(*inputs)
+            needs = ctx.needs_input_grad[2:5]
+            dx, dweights, *dw = ep_gradients(*inputs, needs[1], needs[0] or needs[2])
+            dw = [one if need else None for one, need in zip(dw, needs, strict=True)]
         else:
             dx, dweights = ep_gradients_(*ctx.gradients.sums, *inputs)
             dw = [None, None, None]

@@ -9,7 +9,8 @@ forward has read, since autograd would find it changed: each needs another's res
 their operator is one that compilers know to have effects.
 
 Weights may be float32 where tokens have 16 bits: each operator rounds them for itself, so that nobody keeps the rounded
-ones, and gradients are float32 as they were summed. That is mixed precision without a pass over gradients.
+ones, and gradients are float32 as they were summed. That is mixed precision without a pass over gradients. Of weights
+that are frozen none are computed: `down` says whether w2's are wanted, `up` whether those of w1 or w3.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, implement
 from flashmoe_train.ops.moe.checks import check
 from flashmoe_train.ops.moe.experts import (
     experts_backward,
+    for_frozen_weights,
     moe_forward,
     moe_weight_gradient_down_,
     moe_weight_gradient_up_,
@@ -45,7 +47,7 @@ _GIVEN = (
     " str score_mode"
 )
 LIBRARY.define(
-    f"ep_gradients({_GIVEN}) -> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor dw3)",
+    f"ep_gradients({_GIVEN}, bool down, bool up) -> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor dw3)",
     tags=TAGS,
 )
 LIBRARY.define(
@@ -100,7 +102,9 @@ def _within(own: Exchange, plan: RoutePlan, lost: Tensor, layer: int) -> RoutePl
     )
 
 
-def _gradients(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+def _gradients(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *saved, needs_down, needs_up = given
+
     def down(*rows: Tensor | None) -> Tensor:
         dw2 = torch.empty_like(w2, memory_format=torch.contiguous_format)
         moe_weight_gradient_down_(dw2, *rows, False)
@@ -111,8 +115,14 @@ def _gradients(dout: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *sav
         moe_weight_gradient_up_(dw1, dw3, *rows, False)
         return dw1, dw3
 
-    dx, dweights, dw2, (dw1, dw3) = _exchanged(down, up, dout, x, w1, w2, w3, *saved)
-    return dx, dweights, dw1, dw2, dw3
+    computed = down if needs_down else for_frozen_weights, up if needs_up else for_frozen_weights
+    dx, dweights, dw2, of_up = _exchanged(*computed, dout, x, w1, w2, w3, *saved)
+    dw1, dw3 = of_up or (_not_wanted(w1), _not_wanted(w3))
+    return dx, dweights, dw1, dw2 if needs_down else _not_wanted(w2), dw3
+
+
+def _not_wanted(w: Tensor) -> Tensor:
+    return w.new_empty((0, *w.shape[1:]))
 
 
 def _gradients_(dw1: Tensor, dw2: Tensor, dw3: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
@@ -153,7 +163,7 @@ def _exchanged(
     douts = own.transport.dispatch(dout, position, counts, layer).rows
     tokens = own.transport.dispatch(x, position, counts, layer).rows
     saved = [tokens, *rounded(x, w1, w2, w3), arrived_weights, offsets, row_slot, slot_row, h]
-    drows, dslots, *dw = experts_backward(douts, saved, score_mode, down, up)
+    drows, dslots, *dw = experts_backward(douts, saved, score_mode, down, up, keep_rows=down is not for_frozen_weights)
     dx, dweights = own.transport.combine(drows, position, counts, arrived, layer, dslots, ids.contiguous())
     assert dweights is not None
     return dx, dweights, *dw
@@ -203,9 +213,10 @@ def _(
     row_slot: Tensor,
     slot_row: Tensor,
     arrived_weights: Tensor,
-    *exchanged: object,
+    *exchanged: Any,
 ) -> tuple[Tensor, ...]:
-    dw = (w.new_empty(w.shape) for w in (w1, w2, w3))
+    *_, down, up = exchanged
+    dw = (w.new_empty(w.shape) if need else _not_wanted(w) for w, need in ((w1, up), (w2, down), (w3, up)))
     return x.new_empty(x.shape), arrived_weights.new_empty(ids.shape), *dw
 
 
@@ -240,11 +251,12 @@ def _forward_flops(x: tuple, w1: tuple, w2: tuple, w3: tuple, ids: tuple, *args:
 
 @register_flop_formula(ep_gradients)
 def _gradient_flops(
-    dout: tuple, x: tuple, w1: tuple, w2: tuple, w3: tuple, ids: tuple, *args: object, **kwargs: object
+    dout: tuple, x: tuple, w1: tuple, w2: tuple, w3: tuple, ids: tuple, *args: Any, **kwargs: object
 ) -> int:
-    return 12 * ids[0] * ids[1] * w1[1] * w1[2]
+    *_, down, up = args
+    return (6 + 2 * down + 4 * up) * ids[0] * ids[1] * w1[1] * w1[2]
 
 
 @register_flop_formula(ep_gradients_)
 def _added_gradient_flops(dw1: tuple, dw2: tuple, dw3: tuple, *args: Any, **kwargs: Any) -> int:
-    return _gradient_flops(*args, **kwargs)
+    return _gradient_flops(*args, True, True, **kwargs)
