@@ -1,12 +1,13 @@
 """The tables in README.md and docs/ say what the stored results say."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from flashmoe_train.bench.results import FLOORS, OURS, Row, here
-from flashmoe_train.documents import documents
+from flashmoe_train.documents import ROOT, documents
 
 SHOWN = list(documents())
 
@@ -14,6 +15,14 @@ SHOWN = list(documents())
 @pytest.mark.parametrize("path, wanted", SHOWN, ids=[path.name for path, _ in SHOWN])
 def test_tables_are_up_to_date(path: Path, wanted: str) -> None:
     assert path.read_text() == wanted, "run python -m flashmoe_train.documents"
+
+
+def test_every_result_is_shown() -> None:
+    text = "".join(path.read_text() for path, _ in SHOWN)
+    stored = {
+        str(path.relative_to(ROOT / "docs/results").with_suffix("")) for path in ROOT.rglob("docs/results/**/*.json")
+    }
+    assert stored == set(re.findall(r"<!-- results: (\S+) ", text))
 
 
 def test_table_of_the_cases_that_match(tmp_path: Path) -> None:

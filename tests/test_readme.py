@@ -1,6 +1,7 @@
 """The examples of README and docs work as they stand, and tables say what is so."""
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def test_python_example_runs(page: str, example: str, capsys: pytest.CaptureFixt
     losses = [float(x) for x in re.findall(r"step \d+: ([\d.]+) nats", capsys.readouterr().out)]
     assert ("optimizer" in example) == bool(losses)  # the one that trains says what it learnt
     assert not losses or losses[-1] < losses[0] - 2.5
+
+
+@pytest.mark.parametrize("command", re.findall(r"^flashmoe explain (.+?)(?:  +#|$)", README, re.M))
+def test_recipe_is_explained(command: str) -> None:
+    """With two processes, as where there is no GPU."""
+    name, *overrides = shlex.split(command)
+    assert explain(recipe.load(name, overrides), 2).model
 
 
 def test_pages_are_linked() -> None:

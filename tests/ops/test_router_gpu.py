@@ -226,5 +226,5 @@ def test_wrong_argument() -> None:
             ops.router_topk_backward(*arguments)
     with pytest.raises(RuntimeError, match="logits must be of at most 8192 experts on a GPU"):
         router_topk(torch.zeros(1, 8193, device="cuda"), 1)
-    with pytest.raises(RuntimeError, match="bias must be on CUDA device 0"):
+    with pytest.raises(ValueError, match="bias must be on cuda:0, found cpu"):
         router_topk(logits, 1, bias=torch.zeros(8))

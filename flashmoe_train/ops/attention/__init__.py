@@ -50,7 +50,7 @@ def attention(
         q: queries `[B, S, H, D]`, floating point, last dimension contiguous.
         k: keys `[B, T, G, D]`, with H a multiple of G (grouped-query attention), same dtype and device as q.
         v: values `[B, T, G, V]`; V may differ from D.
-        causal: query i sees keys up to `i + T - S` (bottom-right aligned).
+        causal: query i sees keys up to `i + T - S` (bottom-right aligned), whatever the right side of `window`.
         softmax_scale: factor of q kᵀ; default `D ** -0.5`.
         window: how many keys to the left and right of its own position a query sees; None is unbounded.
         cu_seqlens_q: int32 `[documents + 1]`, first 0, not decreasing: where each document's queries begin in the
@@ -64,6 +64,7 @@ def attention(
     Raises:
         ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or stride; the message names it.
             The values of cu_seqlens are checked on the CPU only: reading them would make a GPU wait.
+        NotImplementedError: q, k or v carries a forward-mode tangent.
 
     Runs `torch.ops.flashmoe.attention_forward` where that has an implementation for the case (`supports`), otherwise
     PyTorch's kernels (`fallback`).

@@ -14,6 +14,7 @@ def ep_plan(ids: Tensor, experts: int, world: int) -> tuple[Tensor, Tensor]:
 
     Ids outside `0 <= id < experts` are skipped. Raises ValueError or TypeError that names the argument.
     """
+    _check(ids, experts, world)  # the compiled code's own errors are RuntimeErrors
     return torch.ops.flashmoe.ep_plan(ids, experts, world)
 
 

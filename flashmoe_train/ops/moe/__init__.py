@@ -82,6 +82,7 @@ def moe(
 
     Raises:
         ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or stride; the message names it.
+        NotImplementedError: an argument carries a forward-mode tangent.
 
     Runs `torch.ops.flashmoe.moe_forward` where that has an implementation for the case (`supports`), otherwise
     PyTorch's grouped matrix products around the same plan.
@@ -89,6 +90,7 @@ def moe(
     check_routing(x, w1, ids)
     plan = route_plan(ids, w1.shape[0])
     check(x, w1, w2, w3, weights, *plan, score_mode)  # the compiled code's own errors are RuntimeErrors
+    reverse_mode_only("moe", x, w1, w2, w3, weights)
     if supports(MoECase.of(x, w1)) is None:
         return _experts(x, w1, w2, w3, weights, plan, score_mode, gradients)
     if gradients is not None:
@@ -122,9 +124,11 @@ def moe_rows(
     Raises:
         ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or stride; the message names it.
             The values of offsets are checked on the CPU only: reading them would make a GPU wait.
+        NotImplementedError: an argument carries a forward-mode tangent.
     """
     check_experts(w1)
     check(rows, w1, w2, w3, weights, offsets, None, None, "activation")
+    reverse_mode_only("moe_rows", rows, w1, w2, w3, weights)
     if supports(MoECase.of(rows, w1)) is None:
         return _experts(rows, w1, w2, w3, weights, (offsets, None, None), "activation", gradients)
     if gradients is not None:
@@ -143,7 +147,6 @@ def _experts(
     gradients: WeightGradients | None,
 ) -> Tensor:
     inputs = (x, w1, w2, w3, weights, *plan, score_mode)
-    reverse_mode_only("moe", *inputs[:5])
     if gradients is None:
         return moe_forward(*inputs)[0]
     check_sums(gradients.sums, w1.shape, x)

@@ -29,6 +29,7 @@ def route_plan(ids: Tensor, num_experts: int) -> RoutePlan:
     Ids outside `0 <= id < num_experts` are skipped. The CUDA kernel takes at most 8192 experts. Raises ValueError or
     TypeError that names the argument.
     """
+    _check(ids, num_experts)  # the compiled code's own errors are RuntimeErrors
     return RoutePlan(*torch.ops.flashmoe.route_plan(ids, num_experts))
 
 

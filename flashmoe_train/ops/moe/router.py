@@ -68,6 +68,8 @@ def router_topk(
     Raises:
         ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or value; the message names it.
     """
+    # The compiled code's own errors are RuntimeErrors.
+    _check(logits, bias, top_k, score_function, groups, limited_groups, sequences)
     return Routing(
         *torch.ops.flashmoe.router_topk(
             logits, bias, top_k, score_function, renormalize, scale, groups, limited_groups, sequences
