@@ -78,8 +78,8 @@ inline void check_matrix(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Float ||
                       type == ScalarType::Double,
                   name, " must be bfloat16, float16, float32 or float64, found ", torch::headeronly::toString(type));
-  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, name, " must have a contiguous last dimension, found stride ",
-                  x.stride(1));
+  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1 || x.numel() == 0, name,
+                  " must have a contiguous last dimension, found stride ", x.stride(1));
   STD_TORCH_CHECK(x.size(1) <= INT32_MAX && x.stride(0) <= INT32_MAX, name,
                   " must have rows of fewer than 2^31 elements, found ", text(x), " with stride ", x.stride(0));
 }

@@ -67,6 +67,8 @@ class Attention(nn.Module):
         if head_dim < 1 or (rope_theta is not None and head_dim % 2 != 0):
             raise ValueError(f"head_dim must be positive, and even for rotary positions, found {head_dim}")
         check_window(window)
+        if rope_theta is not None and not 0 < rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be positive and finite, or None, found {rope_theta}")
         self.head_dim, self.causal, self.window, self.rope_theta = head_dim, causal, window, rope_theta
         self.deterministic = deterministic
         factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
@@ -81,8 +83,8 @@ class Attention(nn.Module):
 
         Raises ValueError or TypeError that names the argument.
         """
-        if x.dim() != 3:
-            raise ValueError(f"x must be [batch, seq, dim], found {list(x.shape)}")
+        if x.dim() != 3 or x.shape[2] != self.wq.in_features:
+            raise ValueError(f"x must be [batch, seq, dim = {self.wq.in_features}], found {list(x.shape)}")
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.rope_theta is not None:
             # Scores depend on differences of positions alone, so documents need no positions of their own.
@@ -145,6 +147,7 @@ class Router(nn.Module):
         super().__init__()
         self.top_k, self.score_function, self.renormalize, self.scale = top_k, score_function, renormalize, scale
         self.groups, self.limited_groups = groups, limited_groups
+        _check_sizes(dim=dim, experts=experts)
         self.weight = nn.Parameter(torch.empty(experts, dim, device=device, dtype=dtype))
         for name in ("bias", "tokens_per_expert"):
             buffer = torch.zeros(experts, device=device, dtype=torch.float32) if balance else None
@@ -168,7 +171,14 @@ class Router(nn.Module):
                 nn.init.zeros_(buffer)
 
     def forward(self, tokens: Tensor) -> Routing:
-        """tokens `[T, d]` give weights and ids `[T, K]` and the statistics of all T as one sequence."""
+        """tokens `[T, d]` give weights and ids `[T, K]` and the statistics of all T as one sequence.
+
+        Raises ValueError or TypeError that names the argument.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] != self.weight.shape[1]:
+            raise ValueError(f"tokens must be [tokens, dim = {self.weight.shape[1]}], found {list(tokens.shape)}")
+        if not tokens.is_floating_point():
+            raise TypeError(f"tokens must be floating point, found {tokens.dtype}")
         with no_autocast(tokens.device.type):
             wide = accumulation_dtype(tokens.dtype)
             logits = F.linear(tokens.to(wide), self.weight.to(wide))
@@ -239,6 +249,7 @@ class MoE(nn.Module):
         if score_mode not in get_args(ScoreMode):
             raise ValueError(f"score_mode must be one of {get_args(ScoreMode)}, found {score_mode!r}")
         self.score_mode: ScoreMode = score_mode
+        _check_sizes(hidden_dim=hidden_dim)
         self.router = Router(dim, experts, top_k, device=device, dtype=dtype, **router)
         self.w1 = nn.Parameter(torch.empty(experts, hidden_dim, dim, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden_dim, device=device, dtype=dtype))
@@ -251,7 +262,9 @@ class MoE(nn.Module):
             _init_linear(w)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[..., d]` gives the same shape, in x's dtype."""
+        """x `[..., d]` gives the same shape, in x's dtype. Raises ValueError or TypeError that names the argument."""
+        if x.dim() == 0 or x.shape[-1] != self.w1.shape[2]:
+            raise ValueError(f"x must be [..., dim = {self.w1.shape[2]}], found {list(x.shape)}")
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
         routing = self.router(tokens)
         dtype = compute_dtype(x)
@@ -262,6 +275,12 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         experts, hidden_dim, dim = self.w1.shape
         return f"dim={dim}, hidden_dim={hidden_dim}, experts={experts}, score_mode={self.score_mode!r}"
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, found {size}")
 
 
 def _init_linear(w: Tensor) -> None:

@@ -72,9 +72,11 @@ def apply(tables: dict[str, Any], override: str) -> None:
     if not equals or not all((*path, key)):
         raise UsageError(f"an override must be key=value or table.key=value, found {override!r}")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value, *more = tomllib.loads(f"value = {text}").values()
     except tomllib.TOMLDecodeError:
-        value = text
+        value, more = text, []
+    if more:
+        raise UsageError(f"an override must be of one value, found {override!r}")
     for part in path:
         tables = tables.setdefault(part, {})
         if not isinstance(tables, dict):

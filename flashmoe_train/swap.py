@@ -172,11 +172,15 @@ class _Registered:
         Raises UsageError if nothing could be swapped (not of a dry run, whose report says so), or for a wrong choice.
         """
         self._load_own()
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"model must be a torch.nn.Module, found {model!r:.60}")
         wanted = {"attention": attention, "experts": experts}
         for part, choice in wanted.items():
             if choice not in get_args(Choice):
                 raise UsageError(f"{part} must be one of {', '.join(map(repr, get_args(Choice)))}, found {choice!r}")
         parts = {part for part in get_args(Part) if wanted[part] == "flashmoe"}
+        if not parts:
+            raise UsageError('attention and experts are both "stock": there is nothing to swap')
         swaps = [swap for swap in self._swaps.values() if swap.part is None or swap.part in parts]
         report = _apply(model, swaps, dry_run)
         packages = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
@@ -196,9 +200,12 @@ class _Registered:
         """Decorates a subclass of `target` that takes its place; `why_not` gives a reason to leave a module alone,
         `part` says whether it is attention or experts, for callers of `swap` that want but one of them.
 
-        Raises TypeError if the class is no subclass: then names and shapes of its parameters could differ.
+        Raises TypeError if the class is no subclass: then names and shapes of its parameters could differ; ValueError
+        if there is no such part.
         """
         self._load_own()
+        if part is not None and part not in get_args(Part):
+            raise ValueError(f"part must be one of {', '.join(map(repr, get_args(Part)))} or None, found {part!r}")
 
         def decorate(replacement: Replacement) -> Replacement:
             self._swaps[target] = Swap(target, replacement, why_not, part)

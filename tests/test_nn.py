@@ -162,7 +162,20 @@ def test_modules_on_other_devices_and_dtypes() -> None:
         (lambda: MoE(8, 8, experts=4, top_k=2, score_mode="both"), "score_mode must be one of .*, found 'both'"),
         (lambda: Router(8, 4, 2, groups=3), "groups must divide the 4 experts"),
         (lambda: Attention(8, 2, window=3), "window must be two non-negative sizes or None, .* found 3"),
-        (lambda: Attention(8, 2)(torch.randn(8, 8)), r"x must be \[batch, seq, dim\], found \[8, 8\]"),
+        (lambda: Attention(8, 2)(torch.randn(8, 8)), r"x must be \[batch, seq, dim = 8\], found \[8, 8\]"),
+        (lambda: Attention(8, 2)(torch.randn(1, 3, 9)), r"x must be \[batch, seq, dim = 8\], found \[1, 3, 9\]"),
+        (lambda: Attention(8, 2, rope_theta=0.0), "rope_theta must be positive and finite, or None, found 0.0"),
+        (
+            lambda: Attention(8, 2, rope_theta=float("nan")),
+            "rope_theta must be positive and finite, or None, found nan",
+        ),
+        (lambda: MoE(8, 0, 4, 2), "hidden_dim must be at least 1, found 0"),
+        (lambda: Router(0, 4, 2), "dim must be at least 1, found 0"),
+        (lambda: Router(8, -4, 1), "experts must be at least 1, found -4"),
+        (lambda: Router(8, 4, 2, scale=float("inf")), "scale must be finite, found inf"),
+        (lambda: Router(8, 4, 2)(torch.randn(3, 9)), r"tokens must be \[tokens, dim = 8\], found \[3, 9\]"),
+        (lambda: MoE(8, 8, 4, 2)(torch.randn(3, 9)), r"x must be \[..., dim = 8\], found \[3, 9\]"),
+        (lambda: MoE(8, 8, 4, 2)(torch.tensor(1.0)), r"x must be \[..., dim = 8\], found \[\]"),
     ],
 )
 def test_mistakes_are_named_when_they_are_made(make: Callable[[], object], message: str) -> None:

@@ -84,7 +84,9 @@ def test_overrides() -> None:
     }
 
 
-@pytest.mark.parametrize("override", ["training.steps", "training.=3", ".steps=3", "=3", "training.steps.x=3"])
+@pytest.mark.parametrize(
+    "override", ["training.steps", "training.=3", ".steps=3", "=3", "training.steps.x=3", "a=5\nb=7"]
+)
 def test_wrong_override(override: str) -> None:
     with pytest.raises(UsageError, match="override"):
         recipe.apply({"training": {"steps": 1}}, override)

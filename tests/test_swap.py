@@ -83,6 +83,18 @@ def test_nothing_swapped_is_an_error() -> None:
         swap_modules(nn.Sequential(nn.Linear(4, 8)), [Swap(nn.Linear, Doubled, wide)])
 
 
+def test_mistakes_of_callers_are_named() -> None:
+    for model, choices, text in (
+        (None, {}, "model must be a torch.nn.Module, found None"),
+        (nn.MultiheadAttention, {}, "model must be a torch.nn.Module, found <class"),
+        (nn.Sequential(), {"attention": "stock", "experts": "stock"}, "there is nothing to swap"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            flashmoe_train.swap(model, **choices)
+    with pytest.raises(ValueError, match="part must be one of 'attention', 'experts' or None, found 'atention'"):
+        flashmoe_train.swap.register(nn.Linear, part="atention")
+
+
 def test_optional_swap_accepts_a_model_without_such_modules_only() -> None:
     swap = Swap(nn.Linear, Doubled, wide)
     assert swap_modules(nn.Sequential(nn.ReLU()), [swap], optional=True).rows == []

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,12 @@ def reverse_mode_only(function: str, *tensors: torch.Tensor | None) -> None:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(f"{function} has no derivative in forward mode (torch.func.jvp, dual tensors)")
+
+
+def check_finite(name: str, number: float) -> None:
+    """Raises unless `number` is finite, a compiler's symbolic one too."""
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{name} must be finite, found {number}")
 
 
 def implement(op: str, reference: Callable[..., Any], key: str) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from flashmoe_train import attention, moe, ops
 from flashmoe_train.ops import library
-from flashmoe_train.ops.moe import moe_combine, router_topk
+from flashmoe_train.ops.moe import moe_combine, moe_permute, moe_rows, route_plan, router_topk
 from flashmoe_train.ops.moe.glu import moe_glu
 
 IDS = torch.arange(6, dtype=torch.int32).view(3, 2)
+OFFSETS = torch.tensor([0, 2, 6], dtype=torch.int32)
 
 _MOE: tuple[Callable[..., Tensor], list[tuple[int, ...]]] = (
     lambda x, w1, w2, w3, weights: moe(x, w1, w2, w3, IDS, weights),
@@ -65,14 +66,41 @@ def test_differentiable_once(device: str, op: str) -> None:
     assert f"flashmoe::{op}" in refused
 
 
-@pytest.mark.parametrize("op", ["attention_backward", "moe_up_backward"])
+FORWARD = GRADIENTS | {
+    "moe_permute": (lambda x: moe_permute(x, *route_plan(IDS, 6)[1:]), [(3, 8)]),
+    "moe_rows": (lambda rows, *w: moe_rows(rows, *w, OFFSETS), [(6, 8), (2, 4, 8), (2, 8, 4), (2, 4, 8)]),
+}
+
+
+@pytest.mark.parametrize("op", FORWARD)
 def test_no_derivative_in_forward_mode(op: str) -> None:
     """PyTorch would say that it is zero."""
-    function, shapes = GRADIENTS[op]
+    function, shapes = FORWARD[op]
     inputs = tuple(torch.randn(shape) for shape in shapes)
     with pytest.raises(NotImplementedError, match="has no derivative in forward mode"):
         torch.func.jvp(function, inputs, inputs)
     assert function(*inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("op", ["moe", "moe_combine", "moe_glu", "moe_permute", "router_topk"])
+def test_no_tokens(op: str, device: str) -> None:
+    """The gradient of a sum is expanded: without an element it has no contiguous dimension."""
+    ids = torch.empty(0, 2, dtype=torch.int32, device=device)
+    empty = lambda *size: torch.empty(size, device=device, requires_grad=True)  # noqa: E731
+    w = [torch.randn(size, device=device) for size in ((6, 4, 8), (6, 8, 4), (6, 4, 8))]
+    plan = route_plan(ids, 6)
+    function = {
+        "moe": lambda x, weights: moe(x, *w, ids, weights),
+        "moe_combine": lambda rows, weights: moe_combine(rows, ids, weights),
+        "moe_glu": lambda x, _: moe_glu(x[:, :4], x[:, 4:], plan.offsets, None),
+        "moe_permute": lambda x, _: moe_permute(x, plan.row_slot, plan.slot_row),
+        "router_topk": lambda logits, _: router_topk(logits, 2).weights,
+    }[op]
+    x, weights = empty(0, 8), empty(0, 2)
+    out = function(x, weights)
+    out.sum().backward()
+    assert x.grad.shape == x.shape and out.shape[0] == 0
 
 
 def test_compiled_code_of_other_sources_is_not_used(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from flashmoe_train.ops.attention.checks import (
     refused_by_kernel,
 )
 from flashmoe_train.ops.attention.operator import attention_forward
-from flashmoe_train.ops.library import has_kernel, reverse_mode_only
+from flashmoe_train.ops.library import check_finite, has_kernel, reverse_mode_only
 
 __all__ = ["AttentionCase", "attention", "copies", "supports"]
 
@@ -82,6 +82,7 @@ def attention(
         right = 0
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
+    check_finite("softmax_scale", softmax_scale)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     if supports(AttentionCase.of(q, v, softmax_scale)) is None:

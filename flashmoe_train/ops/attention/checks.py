@@ -68,8 +68,10 @@ def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqle
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must have one head_dim, found q {_shape(q)} and k {_shape(k)}")
     heads, groups = q.shape[2], k.shape[2]
-    if groups == 0 or heads % groups != 0:
-        raise ValueError(f"the heads of q must be a multiple of those of k, found {heads} and {groups}")
+    if heads == 0 or groups == 0 or heads % groups != 0:
+        raise ValueError(
+            f"the heads of q must be a multiple of those of k, and there be some, found {heads} and {groups}"
+        )
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("cu_seqlens_q and cu_seqlens_k must be given together")
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
@@ -92,7 +94,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqle
 
 def check_window(window: tuple[int | None, int | None]) -> None:
     sides = window if isinstance(window, tuple | list) else ()
-    if len(sides) != 2 or any(side is not None and (isinstance(side, float | str) or side < 0) for side in sides):
+    if len(sides) != 2 or any(
+        side is not None and (isinstance(side, float | str | Tensor) or side < 0) for side in sides
+    ):
         raise ValueError(f"window must be two non-negative sizes or None, (left, right), found {window}")
 
 

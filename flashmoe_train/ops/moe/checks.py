@@ -24,8 +24,9 @@ def check_matrix(name: str, x: Tensor) -> None:
 
 
 def check_contiguous(name: str, x: Tensor) -> None:
-    """Raises unless the last dimension of `x` is contiguous."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    """Raises unless the last dimension of `x` is contiguous. An empty tensor is, whatever its strides: autograd expands
+    gradients of sums, and `contiguous()` leaves empty ones so."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
         raise ValueError(f"{name} must have a contiguous last dimension, found strides {tuple(x.stride())}")
 
 

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype, differentiable_once, implement
+from flashmoe_train.ops.library import (
+    ANY_DEVICE,
+    LIBRARY,
+    TAGS,
+    accumulation_dtype,
+    differentiable_once,
+    implement,
+    reverse_mode_only,
+)
 from flashmoe_train.ops.moe.checks import check_indices, check_matrix, check_weights
 
 LIBRARY.define("moe_glu(Tensor gate, Tensor up, Tensor offsets, Tensor? row_weight) -> Tensor out", tags=TAGS)
@@ -29,6 +37,7 @@ def moe_glu(gate: Tensor, up: Tensor, offsets: Tensor, row_weight: Tensor | None
     float32 `[R]`. Raises ValueError or TypeError that names the argument.
     """
     _check(gate, up, offsets, row_weight)
+    reverse_mode_only("moe_glu", gate, up, row_weight)
     return torch.ops.flashmoe.moe_glu(gate, up, offsets, row_weight)
 
 

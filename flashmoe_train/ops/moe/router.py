@@ -13,7 +13,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype, differentiable_once, implement
+from flashmoe_train.ops.library import (
+    ANY_DEVICE,
+    LIBRARY,
+    TAGS,
+    accumulation_dtype,
+    check_finite,
+    differentiable_once,
+    implement,
+    reverse_mode_only,
+)
 from flashmoe_train.ops.moe.checks import check_matrix
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "topk_softmax")
@@ -70,6 +79,8 @@ def router_topk(
     """
     # The compiled code's own errors are RuntimeErrors.
     _check(logits, bias, top_k, score_function, groups, limited_groups, sequences)
+    check_finite("scale", scale)
+    reverse_mode_only("router_topk", logits)
     return Routing(
         *torch.ops.flashmoe.router_topk(
             logits, bias, top_k, score_function, renormalize, scale, groups, limited_groups, sequences

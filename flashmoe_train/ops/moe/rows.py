@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmoe_train.ops.library import ANY_DEVICE, LIBRARY, TAGS, accumulation_dtype, differentiable_once, implement
+from flashmoe_train.ops.library import (
+    ANY_DEVICE,
+    LIBRARY,
+    TAGS,
+    accumulation_dtype,
+    differentiable_once,
+    implement,
+    reverse_mode_only,
+)
 from flashmoe_train.ops.moe.checks import check_indices, check_matrix, check_weights
 
 LIBRARY.define("moe_permute(Tensor x, Tensor row_slot, Tensor slot_row) -> Tensor rows", tags=TAGS)
@@ -32,6 +40,7 @@ def moe_permute(x: Tensor, row_slot: Tensor, slot_row: Tensor) -> Tensor:
     Raises ValueError or TypeError that names the argument.
     """
     _check_permute(x, row_slot, slot_row)
+    reverse_mode_only("moe_permute", x)
     return torch.ops.flashmoe.moe_permute(x, row_slot, slot_row)
 
 
@@ -44,6 +53,7 @@ def moe_combine(rows: Tensor, slot_row: Tensor, weights: Tensor | None) -> Tenso
     Raises ValueError or TypeError that names the argument.
     """
     _check_combine(rows, slot_row, weights)
+    reverse_mode_only("moe_combine", rows, weights)
     return torch.ops.flashmoe.moe_combine(rows, slot_row, weights)
 
 
@@ -94,6 +104,7 @@ def _permute(x: Tensor, row_slot: Tensor, slot_row: Tensor) -> Tensor:
         _check_rows("row_slot", slot_row, row_slot.shape[0])
         if not torch.equal(inverse(slot_row, row_slot.shape[0]), row_slot):
             raise ValueError("slot_row must be the inverse of row_slot")
+        _check_one_to_one(slot_row, row_slot.shape[0])
     if slot_row.numel() == 0:
         return x.new_zeros(row_slot.shape[0], x.shape[1])
     token = row_slot.clamp(min=0) // slot_row.shape[1]
