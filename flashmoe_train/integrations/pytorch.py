@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashmoe_train.integrations.sdpa import Visible, attend, seen
+from flashmoe_train.integrations.sdpa import Visible, attend, fits, seen
 from flashmoe_train.swap import swap
 
 
@@ -70,12 +70,13 @@ class FlashMoEMultiheadAttention(nn.MultiheadAttention):
             reason = "attn_mask and key_padding_mask together are neither a band nor documents"
         elif key_padding_mask is not None or (attn_mask is not None and not is_causal):
             sizes = (query.shape[batch] if batched else 1, query.shape[length], key.shape[length])
-            found = _visible(attn_mask, key_padding_mask, *sizes)
+            found = _visible(query, attn_mask, key_padding_mask, self.num_heads, *sizes)
             reason, visible = (found, visible) if isinstance(found, str) else (None, found)
         elif is_causal and query.shape[length] != key.shape[length]:
             reason = "is_causal with as many queries as keys alone means the same to both"
         if reason is not None:
-            _warn(reason)
+            if reason:
+                _warn(reason)
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -98,15 +99,29 @@ class FlashMoEMultiheadAttention(nn.MultiheadAttention):
 
 
 def _visible(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, queries: int, keys: int
+    query: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    heads: int,
+    batch: int,
+    queries: int,
+    keys: int,
 ) -> Visible | str:
-    """What one of the masks, which are True where nothing is seen, lets be seen."""
-    if attn_mask is not None:
-        mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, -1))
-        return seen(mask, batch, queries, keys, of=attn_mask, hides=True)
-    assert key_padding_mask is not None
-    mask = key_padding_mask.view(batch, 1, 1, keys)
-    return seen(mask, batch, queries, keys, of=key_padding_mask, hides=True)
+    """What one of the masks, which are True where nothing is seen, lets be seen; or why it cannot be said, `""` where
+    PyTorch itself says what is wrong."""
+    given = key_padding_mask if attn_mask is None else attn_mask
+    assert given is not None
+    wanted: list[list[int]] = [[queries, keys], [batch * heads, queries, keys]]
+    if attn_mask is None:
+        wanted = [[batch, keys] if query.dim() == 3 else [keys]]
+    # Of empty ones PyTorch takes some and refuses others.
+    if not fits(given, query) or list(given.shape) not in wanted or 0 in (batch, queries, keys):
+        return ""
+    if attn_mask is None:
+        mask = given.view(batch, 1, 1, keys)
+    else:
+        mask = given if given.dim() == 2 else given.unflatten(0, (batch, heads))
+    return seen(mask, batch, queries, keys, of=given, hides=True)
 
 
 def _layer_why_not(module: nn.Module) -> str | None:

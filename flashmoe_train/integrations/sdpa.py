@@ -62,6 +62,8 @@ class swap_sdpa(TorchFunctionMode, contextlib.ContextDecorator):
         found = _attention(*args, **kwargs)
         if not isinstance(found, str):
             return found
+        if not found:
+            return func(*args, **kwargs)
         if self._refused == "error":
             raise UsageError(f"scaled_dot_product_attention cannot be swapped: {found}")
         _warn(found)
@@ -84,21 +86,27 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | str:
-    """The result `[B, H, S, V]`, or why there is none: PyTorch's names, and its words for wrong arguments."""
+    """The result `[B, H, S, V]`, or why there is none, `""` where PyTorch itself says what is wrong."""
     if query.is_nested or {query.dim(), key.dim(), value.dim()} != {4}:
         return "it takes tensors of [batch, heads, sequence, head_dim]"
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     if key.shape[:3] != value.shape[:3] or key.shape[0] != batch or query.shape[3] != key.shape[3]:
         return "query, key and value do not have one batch, and one head_dim, without broadcasting"
-    if heads != key.shape[1] and not (enable_gqa and heads % key.shape[1] == 0):
-        return f"there are {heads} heads of queries and {key.shape[1]} of keys, without enable_gqa"
+    if not (heads and key.shape[1]) or heads % key.shape[1] or (heads != key.shape[1] and not enable_gqa):
+        gqa = "with" if enable_gqa else "without"
+        return f"there are {heads} heads of queries and {key.shape[1]} of keys, {gqa} enable_gqa"
+    dtype = compute_dtype(query)
+    if any(not x.is_floating_point() or compute_dtype(x) != dtype for x in (query, key, value)):
+        return ""
     if dropout_p:
         return f"dropout_p is {dropout_p}, and our operator has no dropout"
     visible: Visible | str = Visible()
     if attn_mask is not None and is_causal:
         return "attn_mask and is_causal are both given"
     if attn_mask is not None:
+        if not fits(attn_mask, query) or not _broadcasts(attn_mask.shape, (batch, heads, queries, keys)):
+            return ""
         visible = seen(attn_mask, batch, queries, keys)
     elif is_causal and keys > queries:  # aligned to the top left, so that nobody sees the last keys
         key, value, visible = key[:, :, :queries], value[:, :, :queries], Visible((None, 0))
@@ -106,7 +114,6 @@ def _attention(
         visible = Visible((None, queries - keys))
     if isinstance(visible, str):
         return visible
-    dtype = compute_dtype(query)
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return attend(q, k, v, visible, scale).transpose(1, 2)
@@ -127,6 +134,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float | Non
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by mask: (its version and how it is used, what it is)
 
 
+def fits(mask: Tensor, query: Tensor) -> bool:
+    """Whether PyTorch takes a mask of this dtype beside `query`, after what autocast makes of both."""
+    if mask.device != query.device:  # not left to PyTorch, which reads garbage from a mask on "meta"
+        raise ValueError(
+            f"query and its mask must be on one device, found query on {query.device} and the mask on {mask.device}"
+        )
+    if mask.is_floating_point():
+        return compute_dtype(mask) in (torch.float32, compute_dtype(query))
+    return mask.dtype == torch.bool
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, int, int, int]) -> bool:
+    return 2 <= len(shape) <= 4 and all(n in (1, m) for n, m in zip(shape, to[-len(shape) :], strict=True))
+
+
 def seen(
     mask: Tensor, batch: int, queries: int, keys: int, *, of: Tensor | None = None, hides: bool = False
 ) -> Visible | str:
@@ -136,6 +158,8 @@ def seen(
         return "attn_mask cannot be looked at while compiling: is_causal=True need not be"
     if mask.requires_grad:
         return "attn_mask requires gradients, and our operator has no bias"
+    if mask.is_meta:
+        return "attn_mask is on the meta device, where it has no values"
     use = (None if mask.is_inference() else mask._version, batch, queries, keys, hides)
     of = mask if of is None else of
     known = _known.get(of)
@@ -149,13 +173,9 @@ def seen(
 def analyse(mask: Tensor, batch: int, queries: int, keys: int) -> Visible | str:
     """What `mask`, of a shape that broadcasts to `[B, H, S, T]`, boolean or additive, tells queries to see; or why it
     is nothing that `flashmoe_train.attention` can be told."""
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        return f"attn_mask must be boolean or floating point, found {mask.dtype}"
-    if mask.dim() > 4 or mask.dim() < 2:
-        return f"attn_mask must broadcast to [batch, heads, queries, keys], found {list(mask.shape)}"
+    if 0 in (batch, queries, keys):
+        return Visible()  # nobody sees anything
     mask = mask[(None,) * (4 - mask.dim())]
-    if mask.shape[2] not in (1, queries) or mask.shape[3] not in (1, keys) or mask.shape[0] not in (1, batch):
-        return f"attn_mask must broadcast to {[batch, '...', queries, keys]}, found {list(mask.shape)}"
     seen = mask if mask.dtype == torch.bool else mask == 0
     binary = mask.new_ones((), dtype=torch.bool) if mask.dtype == torch.bool else (seen | (mask == -torch.inf)).all()
     one_for_heads = (seen == seen[:, :1]).all()

@@ -144,6 +144,64 @@ def test_wrong_arguments_get_pytorchs_words(shapes: list, options: dict) -> None
     assert str(swapped.value) == str(stock.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("batched, batch_first", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        *(("key_padding_mask", shape) for shape in ((6, 2), (12,), (3, 4), (1, 6), (2, 6, 1), ())),
+        *(
+            ("attn_mask", shape)
+            for shape in ((2, 6, 6), (16, 6, 6), (3, 6, 6), (1, 6, 6), (8, 1, 6), (1, 6), (6, 1), (36,), (2, 4, 6, 6))
+        ),
+    ],
+)
+def test_masks_of_another_shape_get_pytorchs_words(
+    name: str, shape: tuple, batched: bool, batch_first: bool, dtype: torch.dtype
+) -> None:
+    refuses_like_pytorch({name: torch.zeros(shape, dtype=dtype)}, batched, batch_first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8, torch.int64])
+@pytest.mark.parametrize("name, shape", [("key_padding_mask", (2, 6)), ("attn_mask", (6, 6)), ("attn_mask", (8, 6, 6))])
+def test_masks_of_another_dtype_get_pytorchs_words(name: str, shape: tuple, dtype: torch.dtype) -> None:
+    refuses_like_pytorch({name: torch.zeros(shape, dtype=dtype)})
+
+
+def test_padding_of_an_empty_batch_gets_pytorchs_words() -> None:
+    refuses_like_pytorch({"key_padding_mask": torch.zeros(0, 6) > 0}, batch=0)
+
+
+def refuses_like_pytorch(masks: dict, batched: bool = True, batch_first: bool = True, batch: int = 2) -> None:
+    module, x = nn.MultiheadAttention(DIM, 4, batch_first=batch_first), torch.randn(batch, 6, DIM)
+    x = (x if batch_first else x.transpose(0, 1)) if batched else x[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((RuntimeError, AssertionError)) as stock:
+            module(x, x, x, need_weights=False, **masks)
+        flashmoe_train.swap(module)
+        with pytest.raises(stock.type) as swapped:
+            module(x, x, x, need_weights=False, **masks)
+    assert str(swapped.value) == str(stock.value)
+
+
+@pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask"])
+def test_masks_of_no_queries(name: str) -> None:
+    module = nn.MultiheadAttention(DIM, 2, batch_first=True)
+    q, k = torch.randn(2, 0, DIM, requires_grad=True), torch.randn(2, 9, DIM, requires_grad=True)
+    shape = (2, 9) if name == "key_padding_mask" else (0, 9)
+    for stock, ours in zip(*both(module, q, k, k, **{name: torch.zeros(shape) > 0}), strict=True):
+        torch.testing.assert_close(ours, stock)
+
+
+def test_masks_without_values_are_refused() -> None:
+    """From which PyTorch computes something."""
+    module, x = nn.MultiheadAttention(DIM, 2, batch_first=True), torch.randn(2, LENGTH, DIM)
+    flashmoe_train.swap(module)
+    with pytest.raises(ValueError, match="on one device, found query on cpu and the mask on meta"):
+        module(x, x, x, need_weights=False, key_padding_mask=torch.zeros(2, LENGTH, device="meta") > 0)
+
+
 def test_dropout_after_the_swap_is_not_ignored() -> None:
     module, x = nn.MultiheadAttention(DIM, 2, batch_first=True), torch.randn(2, LENGTH, DIM)
     flashmoe_train.swap(module)

@@ -114,9 +114,6 @@ def test_documents_and_padding(mask: Tensor, bounds: list[int], additive: bool, 
         (band(S, -1), "hides a token from itself"),
         (torch.arange(S)[None, None, None] % 3 > 0, "is no band, no documents and no padding"),
         (torch.stack([band(S, 0), band(2, 0), band(S, 0), band(S, 0)])[None], "another for other heads"),
-        (torch.zeros(S, S, dtype=torch.uint8), "boolean or floating point, found torch.uint8"),
-        (torch.ones(S, dtype=torch.bool), "must broadcast to"),
-        (torch.ones(3, 1, S, S, dtype=torch.bool), "must broadcast to"),
     ],
 )
 def test_other_masks_are_refused(mask: Tensor, reason: str, heads: int) -> None:
@@ -131,7 +128,12 @@ def test_other_masks_are_refused(mask: Tensor, reason: str, heads: int) -> None:
         ({"dropout_p": 0.1}, "dropout_p is 0.1"),
         ({"query": torch.randn(S, D)}, "batch, heads, sequence, head_dim"),
         ({"query": torch.randn(1, H, S, D)}, "without broadcasting"),
-        ({"query": torch.randn(B, 2 * H, S, D)}, "8 heads of queries and 4 of keys"),
+        ({"query": torch.randn(B, 2 * H, S, D)}, "8 heads of queries and 4 of keys, without enable_gqa"),
+        ({"query": torch.randn(B, 6, S, D), "enable_gqa": True}, "6 heads of queries and 4 of keys, with enable_gqa"),
+        (
+            dict.fromkeys(("key", "value"), torch.randn(B, 0, S, D)) | {"enable_gqa": True},
+            "4 heads of queries and 0 of keys, with enable_gqa",
+        ),
         ({"is_causal": True, "attn_mask": band(S, 0)}, "both given"),
     ],
 )
@@ -139,6 +141,82 @@ def test_other_calls_are_refused(options: dict, reason: str) -> None:
     tensors = {name: torch.randn(B, H, S, D) for name in ("query", "key", "value")}
     with flashmoe_train.swap_sdpa(), pytest.raises(UsageError, match=reason):
         F.scaled_dot_product_attention(**tensors | options)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("refused", ["error", "stock"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key": torch.randn(B, H, S, D).double()},
+        {"value": torch.randn(B, H, S, D).double()},
+        dict.fromkeys(("key", "value"), torch.ones(B, H, S, D, dtype=torch.int64)),
+        dict.fromkeys(("query", "key", "value"), torch.ones(B, H, S, D, dtype=torch.int64)),
+        *({"attn_mask": torch.zeros(S, S, dtype=dtype)} for dtype in (torch.float64, torch.int64, torch.uint8)),
+        {"query": torch.randn(B, H, S, D).double(), "attn_mask": torch.zeros(S, S, dtype=torch.float16)},
+        *(
+            {"attn_mask": torch.ones(shape, dtype=torch.bool)}
+            for shape in ((B, 3, S, S), (1, 7, S, S), (3, S, S), (3, 1, S, S), (S, 5), (5, S), (S,), (1, 1, 1, S, S))
+        ),
+    ],
+)
+def test_wrong_arguments_get_pytorchs_words(options: dict, refused: sdpa.Refused, autocast: bool) -> None:
+    tensors = {name: torch.randn(B, H, S, D) for name in ("query", "key", "value")} | options
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((RuntimeError, IndexError)) as stock:
+            F.scaled_dot_product_attention(**tensors)
+        with flashmoe_train.swap_sdpa(refused), pytest.raises(stock.type) as swapped:
+            F.scaled_dot_product_attention(**tensors)
+    assert str(swapped.value) == str(stock.value)
+
+
+@pytest.mark.parametrize("options", [{"key": torch.float16}, {"value": torch.bfloat16}, {"attn_mask": torch.float16}])
+def test_dtypes_that_only_autocast_makes_one(options: dict, calls: list[dict]) -> None:
+    tensors = {name: torch.randn(B, H, S, D) for name in ("query", "key", "value")} | {"attn_mask": torch.zeros(S, S)}
+    tensors |= {name: tensors[name].to(dtype) for name, dtype in options.items()}
+    with flashmoe_train.swap_sdpa(), pytest.raises(RuntimeError, match=r"dtype.* but got"):
+        F.scaled_dot_product_attention(**tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = F.scaled_dot_product_attention(**tensors)
+        with flashmoe_train.swap_sdpa():
+            found = F.scaled_dot_product_attention(**tensors)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    assert len(calls) == 1
+
+
+def test_float32_mask_beside_another_dtype(calls: list[dict]) -> None:
+    """Which PyTorch takes too."""
+    q, mask = torch.randn(B, H, S, D).bfloat16(), torch.zeros(S, S).masked_fill(~band(S, 0), -torch.inf)
+    with flashmoe_train.swap_sdpa():
+        found = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+    wanted = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    assert calls[0]["window"] == (None, 0)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("batch, queries, keys", [(B, 0, S), (B, S, 0), (B, 0, 0), (0, S, S)])
+@pytest.mark.parametrize("rank", [2, 4])
+def test_masks_of_empty_sequences(
+    rank: int, batch: int, queries: int, keys: int, additive: bool, calls: list[dict]
+) -> None:
+    q = torch.randn(batch, H, queries, D)
+    k, v = torch.randn(2, batch, H, keys, D).unbind()
+    shape = (batch, H, queries, keys)[-rank:]
+    mask = torch.zeros(shape) if additive else torch.ones(shape, dtype=torch.bool)
+    with flashmoe_train.swap_sdpa():
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert torch.equal(found, F.scaled_dot_product_attention(q, k, v, attn_mask=mask)) and len(calls) == 1
+
+
+def test_masks_without_values() -> None:
+    q, mask = torch.randn(B, H, S, D), torch.ones(S, S, dtype=torch.bool, device="meta")
+    with flashmoe_train.swap_sdpa():
+        with pytest.raises(ValueError, match="on one device, found query on cpu and the mask on meta"):
+            F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        with pytest.raises(UsageError, match="on the meta device, where it has no values"):
+            F.scaled_dot_product_attention(*[q.to("meta")] * 3, attn_mask=mask)
 
 
 def test_refused_calls_can_go_to_pytorch(calls: list[dict]) -> None:
