@@ -4,8 +4,9 @@ That corpus is PyTorch's Python sources, byte by byte: some 50 MB of real text t
 nothing to ship and nothing to download.
 """
 
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from glob import glob
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 BYTE_TOKENIZER = "bytes"
 TORCH_SOURCES = {"torch_sources": False, "torch_sources_heldout": True}  # held out?
+_EMPTY = "empty, 0 bytes"
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
 
 
@@ -33,18 +35,42 @@ def check_source(key: str, source: str | dict[str, Any]) -> None:
             hint = nearest(source, list(TORCH_SOURCES), "nor one of ")
             kinds = f"a file ({', '.join(_BUILDERS)}) nor a table of arguments for load_dataset"
             raise UsageError(f"{key} = {source!r} is neither {kinds}; {hint}")
-        if not glob(source):
+        files = [path for path in map(Path, glob(source, recursive=True)) if path.exists()]  # no dangling links
+        if not files:
             raise UsageError(f"{key} = {source!r}: no such file")
+        if not any(path.stat().st_size for path in files):
+            raise UsageError(f"{key} = {source!r}: {_EMPTY}")
 
 
-def check_tokenizer(key: str, tokenizer: str) -> None:
-    """Raises UsageError, naming `key`, unless `tokenizer` is "bytes" or a folder with Hugging Face's files."""
+def check_tokenizer(key: str, tokenizer: str, others: Sequence[str] = ()) -> None:
+    """Raises UsageError, naming `key`, unless `tokenizer` is "bytes" or a folder with Hugging Face's tokenizer.json.
+
+    `others`: files that a framework makes do with by guessing how text is cut. They are not looked into.
+    """
     if tokenizer == BYTE_TOKENIZER:
         return
     if not Path(tokenizer).is_dir():
         raise UsageError(f"{key} = {tokenizer!r}: no such folder, and not {BYTE_TOKENIZER!r}")
-    if not any((Path(tokenizer) / name).exists() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
-        raise UsageError(f"{key} = {tokenizer!r}: a folder without tokenizer.json, vocab.json or vocab.txt")
+    file = Path(tokenizer) / "tokenizer.json"
+    if not file.exists() and any(file.with_name(name).exists() for name in others):
+        return
+    if not file.exists():
+        raise UsageError(f"{key} = {tokenizer!r}: a folder without tokenizer.json (AutoTokenizer can save one there)")
+    from tokenizers import Tokenizer
+
+    try:
+        tokens = Tokenizer.from_file(str(file)).get_vocab_size()
+    except Exception as error:  # it raises no narrower type
+        raise UsageError(f"{key} = {tokenizer!r}: {file} is not a tokenizer: {error}") from None
+    if tokens == 0:  # every text would come to nothing, and reading never end
+        raise UsageError(f"{key} = {tokenizer!r}: {file} has a vocabulary of 0 tokens")
+    about = file.with_name("tokenizer_config.json")
+    try:
+        said = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+    except (OSError, ValueError) as error:  # of bytes that are not UTF-8, too
+        raise UsageError(f"{key} = {tokenizer!r}: {about} is not JSON: {error}") from None
+    if not isinstance(said, dict):
+        raise UsageError(f"{key} = {tokenizer!r}: {about} must hold an object, found {type(said).__name__}")
 
 
 def open_source(source: str | dict[str, Any], rows: int) -> "tuple[Dataset | IterableDataset, list[dict[str, Any]]]":
@@ -61,7 +87,24 @@ def open_source(source: str | dict[str, Any], rows: int) -> "tuple[Dataset | Ite
         dataset = load_dataset(**{"split": "train"} | source)
         return dataset, list(dataset.take(rows))
     except Exception as error:  # whatever a builder, a file system or a network raises
-        raise UsageError(f"load_dataset({source}) failed: {type(error).__name__}: {error}") from error
+        raise UsageError(f"load_dataset({source}) failed: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What `datasets` says and, because that may be no more than that it has failed, why."""
+    if isinstance(error, StopIteration):  # a builder that looks into the first line to learn the columns
+        return f"its files are {_EMPTY}"
+    said = f"{type(error).__name__}: {error}"
+    return said if error.__cause__ is None else f"{said}: {type(error.__cause__).__name__}: {error.__cause__}"
+
+
+def text_of(row: dict[str, Any], column: str, source: str | dict[str, Any]) -> str:
+    """A row's text. Raises UsageError where it is something else, at which a tokenizer would fail."""
+    text = row.get(column)  # rows that are read as they come may each have columns of their own
+    if not isinstance(text, str):
+        found = "null" if text is None else f"{type(text).__name__} ({str(text)[:40]})"
+        raise UsageError(f"{source}: [data] text_column {column!r} must hold strings, found {found}")
+    return text
 
 
 _HELD_OUT = 20  # one file in this many is kept for validation

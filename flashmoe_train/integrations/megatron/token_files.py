@@ -110,7 +110,7 @@ def _rows(source: str | dict[str, Any], column: str) -> Iterator[str]:
     if column not in first[0]:
         raise UsageError(f"{source} has no column {column!r}; [data] text_column may be: {list(first[0])}")
     for row in dataset:
-        yield row[column]
+        yield data.text_of(row, column, source)
 
 
 def _encoder(folder: Path) -> tuple[Any, str]:

@@ -4,6 +4,8 @@ both generations of TorchTitan would stumble over later, under the names of a jo
 import importlib.util
 import inspect
 import math
+import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,10 @@ def check(config: Any, world_size: int, sizes: Sizes, flavor: str, validate_ever
     _check_degrees(config.parallelism, world_size)
     _check_expert_parallelism(config.parallelism, world_size, sizes, flavor)
     _check_numbers(config, world_size, sizes, validate_every)
-    data.check_tokenizer("[model] hf_assets_path", tokenizer)
+    _check_optimizer(config.optimizer)
+    _check_profiling(config)
+    _check_names(config)
+    data.check_tokenizer("[model] hf_assets_path", tokenizer, ("vocab.json", "vocab.txt"))
     start = checkpoint.initial_load_path
     if checkpoint.enable and start and not Path(start).is_dir():
         raise UsageError(f"[checkpoint] initial_load_path = {start!r}: no such folder")
@@ -64,14 +69,18 @@ def _check_numbers(config: Any, world_size: int, sizes: Sizes, validate_every: i
         "[training] steps": training.steps,
         "[training] seq_len": training.seq_len,
         "[training] local_batch_size": training.local_batch_size,
+        "[training] gc_freq": training.gc_freq,
         "[metrics] log_freq": config.metrics.log_freq,
         "[validation] freq": validate_every,
         "[checkpoint] interval": config.checkpoint.interval,
         "[parallelism] pipeline_parallel_microbatch_size": parallelism.pipeline_parallel_microbatch_size,
     }
+    validation = getattr(config, "validation", None)  # 0.3 validates with what [training] says
+    if validation is not None and validation.enable:
+        counts["[validation] seq_len"] = validation.seq_len
+        counts["[validation] local_batch_size"] = validation.local_batch_size
     for key, count in counts.items():
-        if count < 1:
-            raise UsageError(f"{key} must be at least 1, found {count}")
+        at_least(key, count, 1)
     stages = parallelism.pipeline_parallel_degree
     tensor = parallelism.tensor_parallel_degree
     for heads in (sizes.heads, sizes.kv_heads):
@@ -92,6 +101,70 @@ def _check_numbers(config: Any, world_size: int, sizes: Sizes, validate_every: i
             f"[parallelism] pipeline_parallel_degree {stages}: a process' batch of {training.local_batch_size} makes "
             f"{pieces} pieces of {piece}, and every stage needs one"
         )
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    """What torch's Adam refuses when it is built."""
+    keys = ("lr", "eps", "weight_decay")
+    if hasattr(optimizer, "param_groups"):  # 0.3
+        said = optimizer.param_groups[0].optimizer_kwargs
+        numbers, betas = {key: said.get(key, 0.0) for key in keys}, said.get("betas", ())
+    else:
+        numbers, betas = {key: getattr(optimizer, key) for key in keys}, (optimizer.beta1, optimizer.beta2)
+    for key, number in numbers.items():
+        at_least(f"[optimizer] {key}", number, 0)
+    for i, beta in enumerate(betas, 1):
+        if not isinstance(beta, float) or not 0 <= beta < 1:  # torch takes no 0 for 0.0
+            raise UsageError(f"[optimizer] beta{i} must be a float, at least 0.0 and less than 1, found {beta}")
+
+
+def _check_profiling(config: Any) -> None:
+    profiling = config.profiling if hasattr(config, "profiling") else config.profiler
+    every = profiling.profile_freq
+    if profiling.enable_memory_snapshot:
+        own = getattr(profiling, "memory_snapshot_freq", None)  # of 0.3, which takes profile_freq without it
+        if own is None:
+            at_least("[profiling] profile_freq", every, 1)
+        else:
+            at_least("[profiling] memory_snapshot_freq", own, 1)
+    if profiling.enable_profiling:
+        warmup, active = profiling.profiler_warmup, profiling.profiler_active
+        at_least("[profiling] profiler_warmup", warmup, 0)
+        at_least("[profiling] profiler_active", active, 1)
+        if every < warmup + active:
+            raise UsageError(
+                f"[profiling] profile_freq must be at least {warmup + active}, which is profiler_warmup ({warmup}) and "
+                f"profiler_active ({active}), found {every}"
+            )
+
+
+def _check_names(config: Any) -> None:
+    for component in config.compile.components:
+        known("[compile] components", component, ("model", "loss"))
+    if not hasattr(config, "experimental"):  # 0.3 has neither converters nor imports of this kind
+        return
+    if module := config.experimental.custom_import:
+        _check_import("[experimental] custom_import", module)
+        return  # it may bring converters
+    from torchtitan.protocols.model_converter import _registry_model_converter_cls
+
+    for name in config.model.converters:
+        known("[model] converters", name, _registry_model_converter_cls)
+
+
+def _check_import(key: str, module: str) -> None:
+    """Raises UsageError unless Python finds the module where training will look: torchrun's processes, unlike the
+    `flashmoe` that starts them, have the working folder in their path."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        found, why = importlib.util.find_spec(module) is not None, "no such module"
+    except Exception as error:  # of the packages around it, which this imports
+        found, why = False, f"{type(error).__name__}: {error}"
+    finally:
+        sys.path.remove(here)
+    if not found:
+        raise UsageError(f"{key} = {module!r} cannot be imported, from {here} or what is installed: {why}")
 
 
 def _check_expert_parallelism(parallelism: Any, world_size: int, sizes: Sizes, flavor: str) -> None:
@@ -192,6 +265,12 @@ def divides(key: str, degree: int, what: str, size: int) -> None:
     """Raises UsageError unless the `[parallelism]` key's value divides `size`."""
     if size % degree:
         raise UsageError(f"[parallelism] {key} {degree} does not divide {what}")
+
+
+def at_least(key: str, number: float, least: int) -> None:
+    """Raises UsageError for less, and for no number at all (nan)."""
+    if not number >= least:
+        raise UsageError(f"{key} must be at least {least}, found {number}")
 
 
 def known(key: str, value: str, choices: Iterable[str]) -> None:

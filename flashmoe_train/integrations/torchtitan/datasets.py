@@ -22,14 +22,16 @@ def register(name: str, source: str | dict[str, Any], text_column: str, replicas
             raise UsageError(f"{source}: fewer rows than the {replicas} processes that share them")
         if text_column not in first[0]:
             raise UsageError(f"{source} has no column {text_column!r}; [data] text_column may be: {list(first[0])}")
+        text_of(first[0])  # before the model is built
         return rows
 
-    DATASETS[name] = DatasetConfig(str(source), load, _column(text_column))
+    text_of = _column(text_column, source)
+    DATASETS[name] = DatasetConfig(str(source), load, text_of)
     return name
 
 
-def _column(name: str) -> Callable[[dict[str, Any]], str]:
-    return lambda row: row[name]
+def _column(name: str, source: str | dict[str, Any]) -> Callable[[dict[str, Any]], str]:
+    return lambda row: data.text_of(row, name, source)
 
 
 def _corpus(held_out: bool) -> Callable[[str], Any]:
@@ -38,4 +40,4 @@ def _corpus(held_out: bool) -> Callable[[str], Any]:
 
 for _name, _held_out in data.TORCH_SOURCES.items():
     # `path` is where TorchTitan would load from; this corpus is wherever torch is installed.
-    DATASETS[_name] = DatasetConfig("torch", _corpus(_held_out), _column("text"))
+    DATASETS[_name] = DatasetConfig("torch", _corpus(_held_out), _column("text", _name))

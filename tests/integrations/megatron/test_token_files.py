@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def tokenizer(tmp_path: Path) -> Path:
     return data.write_byte_tokenizer(tmp_path / "tokenizer")
 
 
-def write(folder: Path, *texts: str, column: str = "text") -> str:
+def write(folder: Path, *texts: Any, column: str = "text") -> str:
     (folder / "text.jsonl").write_text("".join(json.dumps({column: text}) + "\n" for text in texts))
     return str(folder / "text.jsonl")
 
@@ -69,6 +70,13 @@ def test_more_tokens_begin_with_the_same_ones(tmp_path: Path, tokenizer: Path, m
     token_files.prepare(write(tmp_path, "other"), "text", tokenizer, tmp_path / "other.bin", 5)
     with pytest.raises(UsageError, match=r"no column 'texts'; \[data\] text_column may be: \['text'\]"):
         token_files.prepare(source, "texts", tokenizer, path, 20)
+
+
+@pytest.mark.parametrize("rows, found", [((None,), "null"), ((1,), "int"), ((["a"],), "list"), (("a", 1), "int")])
+def test_text_that_is_none_is_named(rows: tuple[Any, ...], found: str, tmp_path: Path, tokenizer: Path) -> None:
+    source = write(tmp_path, *rows)
+    with pytest.raises(UsageError, match=rf"text.jsonl: \[data\] text_column 'text' must hold strings, found {found}"):
+        token_files.prepare(source, "text", tokenizer, tmp_path / "train.bin", 100)
 
 
 def test_the_shipped_corpus(tmp_path: Path, tokenizer: Path) -> None:

@@ -67,6 +67,20 @@ def test_refuses_a_pipeline_that_torchtitan_lacks() -> None:
         ("training.dataset=foo", r"\[training\] dataset = 'foo' does not exist; possible: .*torch_sources"),
         ("parallelism.tensor_parallel_degree=2", r"tensor_parallel_degree 2: needs a multiple of 2 processes, found 1"),
         ("parallelism.data_parallel_shard_degree=2", r"data_parallel_shard_degree 2: needs 2 processes, found 1"),
+        ("model.converters=['foo']", r"\[model\] converters = 'foo' does not exist; possible: flashmoe, quantize"),
+        (
+            "experimental.custom_import=nowhere.x",
+            r"\[experimental\] custom_import = 'nowhere.x' cannot be imported, .*: No module named 'nowhere'",
+        ),
+        ("experimental.custom_import=torchtitan.x", r"custom_import = 'torchtitan.x' .* installed: no such module"),
+        ("optimizer.beta1=1.0", r"\[optimizer\] beta1 must be a float, at least 0.0 and less than 1, found 1.0"),
+        ("optimizer.beta2=-0.1", r"\[optimizer\] beta2 must be a float, at least 0.0 and less than 1, found -0.1"),
+        ("optimizer.beta1=0", r"\[optimizer\] beta1 must be a float, .* found 0$"),
+        ("optimizer.lr=-1.0", r"\[optimizer\] lr must be at least 0, found -1.0"),
+        ("optimizer.eps=nan", r"\[optimizer\] eps must be at least 0, found nan"),
+        ("optimizer.weight_decay=-1", r"\[optimizer\] weight_decay must be at least 0, found -1"),
+        ("training.gc_freq=0", r"\[training\] gc_freq must be at least 1, found 0"),
+        ("compile.components=['modle']", r"\[compile\] components = 'modle' does not exist; did you mean 'model'\?"),
     ],
 )
 def test_names_the_mistake(override: str, text: str) -> None:
@@ -111,6 +125,51 @@ def test_names_the_mistake(override: str, text: str) -> None:
 def test_numbers_and_paths_must_fit(overrides: list[str], processes: int, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         config(*overrides, processes=processes)
+
+
+VALIDATES = ("validation.enable=true", "validation.dataset=torch_sources", "validation.seq_len=64")
+
+
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        ((*VALIDATES, "validation.seq_len=0"), r"\[validation\] seq_len must be at least 1, found 0"),
+        (
+            (*VALIDATES, "validation.local_batch_size=-1"),
+            r"\[validation\] local_batch_size must be at least 1, found -1",
+        ),
+        (
+            ("profiling.enable_profiling=true", "profiling.profile_freq=0"),
+            r"profile_freq must be at least 4, which is profiler_warmup \(3\) and profiler_active \(1\), found 0",
+        ),
+        (
+            ("profiling.enable_profiling=true", "profiling.profiler_active=0"),
+            "profiler_active must be at least 1, found 0",
+        ),
+        (("profiling.enable_profiling=true", "profiling.profiler_warmup=-1"), "warmup must be at least 0, found -1"),
+        (
+            ("profiling.enable_memory_snapshot=true", "profiling.profile_freq=0"),
+            "profile_freq must be at least 1, found 0",
+        ),
+    ],
+)
+def test_numbers_of_what_is_switched_on(overrides: tuple[str, ...], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        config(*overrides)
+    config(overrides[-1])  # switched off it is no matter
+
+
+def test_names_and_numbers_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config(*VALIDATES, "validation.steps=-1")
+    config(
+        "profiling.enable_profiling=true", "profiling.profile_freq=4", "optimizer.beta1=0.0", "compile.components=[]"
+    )
+    config(
+        "profiling.enable_memory_snapshot=true", "profiling.profile_freq=1", "model.converters=['quantize.linear.mx']"
+    )
+    (tmp_path / "beside.py").write_text("raise SystemExit('it is not run to look for it')")
+    monkeypatch.chdir(tmp_path)  # where torchrun's processes look too
+    config("experimental.custom_import=beside", "model.converters=['brought_by_it']")
 
 
 def test_names_the_table_as_the_file_does() -> None:

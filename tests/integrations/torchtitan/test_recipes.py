@@ -5,6 +5,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -243,6 +244,16 @@ def test_data_that_cannot_be_read_is_named(overrides: list[str], processes: int,
     dataset = DATASETS[found.get("training.dataset")]
     with pytest.raises(UsageError, match=text):
         dataset.loader(dataset.path)
+
+
+@pytest.mark.parametrize("rows, found", [([None], "null"), ([1], "int"), ([["a"]], "list"), (["a", 1], "int")])
+def test_text_that_is_none_is_named(rows: list[Any], found: str, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": value}) + "\n" for value in rows))
+    dataset = DATASETS[job_of(f"data.train={path}").get("training.dataset")]
+    with pytest.raises(UsageError, match=rf"texts.jsonl: \[data\] text_column 'text' must hold strings, found {found}"):
+        for row in dataset.loader(dataset.path):  # whose first row is looked at before any is asked for
+            assert dataset.sample_processor(row) == "a"
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,13 @@ def test_what_a_recipe_does_not_say_is_torchtitans_default(tmp_path: Path) -> No
         ("parallel.tensor=3", r"tensor_parallel_degree 3: .* \(said by \[parallel\] tensor\)"),
         ("parallel.context=2", r"needs a multiple of 2 processes, found 1 \(said by \[parallel\] context\)"),
         ("swap.attention=stock", r"stock attention of torchtitan 0\.3.* cannot train on a CPU"),
+        ("torchtitan.optimizer.beta2=1.5", r"\[optimizer\] beta2 must be a float, at least 0.0 and .* found 1.5"),
+        ("torchtitan.optimizer.eps=-1.0", r"\[optimizer\] eps must be at least 0, found -1.0"),
+        ("torchtitan.training.gc_freq=0", r"\[training\] gc_freq must be at least 1, found 0"),
+        (
+            "torchtitan.compile.components=['all']",
+            r"\[compile\] components = 'all' does not exist; possible: loss, mod",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_named(change: str, text: str) -> None:
@@ -112,6 +119,16 @@ def test_what_it_cannot_do_is_named(change: str, text: str) -> None:
             ("training.seq_len=33", "parallel.tensor=2"),
             2,
             "seq_len = 33 must be a multiple of 2, .* tensor_parallel_degree 2",
+        ),
+        (
+            ("torchtitan.profiling.enable_profiling=true", "torchtitan.profiling.profile_freq=3"),
+            1,
+            "profile_freq must be at least 4, which is profiler_warmup",
+        ),
+        (
+            ("torchtitan.profiling.enable_memory_snapshot=true", "torchtitan.profiling.memory_snapshot_freq=0"),
+            1,
+            "memory_snapshot_freq must be at least 1, found 0",
         ),
         (("model.mla.kv_lora_rank=33",), 1, r"\[model.mla\] kv_lora_rank = 33 must be even"),
         (("model.vocab_size=513", "parallel.tensor=2"), 2, "2 does not divide the vocabulary of 513 "),
